@@ -1,0 +1,354 @@
+"""Figure 1 of the paper: how the best learning rate and radius of SAM move with the width, in five parameterizations.
+
+    python experiments/transfer.py                        the committed results: widths 128, 256, 512 on MNIST-1D
+    python experiments/transfer.py --demo                 a reduced sweep, five minutes on two cores
+    python experiments/transfer.py --report               only table and figure, from the runs that are there
+    python experiments/transfer.py --data cifar10 --root DIR --device cuda --widths 256 1024 4096 --epochs 20
+
+A 3-layer ReLU MLP without biases is trained with SGD at batch size 64 and constant learning rate; what counts is the
+best test accuracy of all epochs (as in the paper). Base width 1: widths enter as in Definition 4, absolutely. First a
+grid lr x rho at every width, then a slice over rho at each width's best lr with finer steps and more seeds. Every
+finished run is appended to OUT/NAME.jsonl; the same command continues where it was interrupted.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import data as datasets
+import mup2_ref
+
+QUARTER_DECADES = [round(10 ** (k / 4), 4) for k in range(-12, 5)]  # 0.001 ... 10
+COLLAPSE = 5.0  # points below SGD at the same lr: from there on a radius counts as unstable
+
+
+class Method(NamedTuple):
+    parameterization: str
+    perturbation: str
+    rhos: tuple[float, ...]  # of the grid; the slice takes every quarter decade between its ends
+
+
+METHODS = {
+    "SP-naive": Method("sp", "naive", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
+    "muP-naive": Method("mup", "naive", (0.0032, 0.01, 0.0316, 0.1, 0.3162)),
+    "muP-global": Method("mup", "global", (0.0316, 0.1, 0.3162, 1.0, 3.1623)),
+    "muP²": Method("mup", "effective", (0.0316, 0.1, 0.1778, 0.3162, 0.5623)),
+    "SP-LP": Method("sp", "effective", (0.01, 0.0316, 0.1, 0.1778, 0.3162)),
+}
+SGD = {"sp": "SP-SGD", "mup": "muP-SGD"}
+
+
+class Run(NamedTuple):
+    """One training run; rho 0 is plain SGD, shared by the methods of a parameterization."""
+
+    data: str
+    method: str
+    width: int
+    lr: float
+    rho: float
+    seed: int
+    epochs: int
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@functools.cache
+def _data(name: str, root: str | None, device: str) -> tuple:
+    return tuple(tuple(t.to(device) for t in split) for split in datasets.load(name, root))
+
+
+def train(run: Run, root: str | None, device: str) -> dict:
+    """Train once; returns the run with its best and its last accuracy in %, and the epochs it lasted."""
+    (x, y), test = _data(run.data, root, device)
+    sgd = {name: parameterization for parameterization, name in SGD.items()}
+    parameterization = sgd.get(run.method) or METHODS[run.method].parameterization
+    perturbation = "naive" if run.method in sgd else METHODS[run.method].perturbation
+    d_in, d_out = x[0].numel(), int(y.max()) + 1
+    torch.manual_seed(run.seed)
+    model, base = mup2_ref.MLP(d_in, run.width, d_out), mup2_ref.MLP(d_in, 1, d_out)
+    mup2_ref.init_(model, base, parameterization=parameterization).to(device)
+    groups = mup2_ref.param_groups(
+        model,
+        base,
+        lr=run.lr,
+        rho=run.rho,
+        parameterization=parameterization,
+        perturbation=perturbation,
+        norm="joint",
+    )
+    optimizer = torch.optim.SGD(groups) if run.rho == 0 else mup2_ref.SAM(groups)
+    start = time.perf_counter()
+    accuracies = list(mup2_ref.train(model, optimizer, (x, y), test, epochs=run.epochs, seed=run.seed))
+    return run._asdict() | {
+        "best": round(max(accuracies, default=100 / d_out), 2),
+        "last": round(accuracies[-1], 2) if accuracies else None,
+        "finished": len(accuracies),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def read_runs(path: Path) -> dict[Run, dict]:
+    """Finished runs of earlier sweeps; a line that an interruption cut off is dropped from the file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    rows = [json.loads(line) for line in whole.decode().splitlines()]
+    return {Run(*(row[field] for field in Run._fields)): row for row in rows}
+
+
+def sweep(runs: list[Run], path: Path, args: argparse.Namespace, title: str) -> dict[Run, dict]:
+    """Train what is not in the file yet, args.jobs at a time: seed by seed, the long ones first."""
+    from tqdm import tqdm
+
+    done = read_runs(path)
+    todo = sorted((run for run in dict.fromkeys(runs) if run not in done), key=lambda run: (run.seed, -_cost(run)))
+    if not todo:
+        return done
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool, path.open("a") as file:
+        futures = {pool.submit(train, run, args.root, args.device): run for run in todo}
+        total = sum(map(_cost, todo))
+        bar = tqdm(
+            total=total,
+            desc=title,
+            unit_scale=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
+        )
+        with bar:
+            try:
+                for n, future in enumerate(as_completed(futures), 1):
+                    row = future.result()
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    done[futures[future]] = row
+                    bar.set_postfix_str(f"run {n} of {len(todo)}", refresh=False)
+                    bar.update(_cost(futures[future]))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                print(f"\ninterrupted; the same command goes on from {path}", file=sys.stderr)
+                raise
+    return done
+
+
+def _cost(run: Run) -> float:
+    """Expected time, in arbitrary units: a fixed part per step and the matrix products; SGD needs one pass, not two."""
+    return run.epochs * (1 + (run.width / 250) ** 2) * (0.4 if run.rho == 0 else 1)
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """Mean best-epoch accuracy by (method, width, lr, rho), over the seeds that are there."""
+
+    def __init__(self, runs: dict[Run, dict], args: argparse.Namespace) -> None:
+        self.widths, self.methods, self.accuracy = args.widths, args.methods, {}
+        for run, row in sorted(runs.items()):
+            if (run.data, run.epochs) == (args.data, args.epochs) and run.width in args.widths:
+                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), []).append(row["best"])
+
+    def mean(self, method: str, width: int, lr: float, rho: float) -> float:
+        if rho == 0:
+            method = SGD[METHODS[method].parameterization]
+        return statistics.fmean(self.accuracy[method, width, lr, rho])
+
+    def grid(self, method: str, width: int, sgd: bool = False) -> dict[tuple[float, float], float]:
+        """Mean accuracy by (lr, rho)."""
+        name = SGD[METHODS[method].parameterization] if sgd else method
+        return {key[2:]: statistics.fmean(v) for key, v in self.accuracy.items() if key[:2] == (name, width)}
+
+    def best(self, method: str, width: int, sgd: bool = False) -> tuple[float, float]:
+        grid = self.grid(method, width, sgd)
+        return max(grid, key=grid.get)
+
+    def slice(self, method: str, width: int) -> list[tuple[float, float, float, int]]:
+        """(rho, mean, standard deviation, seeds) at the width's best lr."""
+        lr, _ = self.best(method, width)
+        rows = [(k[3], v) for k, v in self.accuracy.items() if k[:3] == (method, width, lr)]
+        return [
+            (rho, statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v)) for rho, v in sorted(rows)
+        ]
+
+    def largest_stable_rho(self, method: str, width: int) -> float:
+        lr, _ = self.best(method, width)
+        stable = [r for r, mean, *_ in self.slice(method, width) if mean >= self.mean(method, width, lr, 0) - COLLAPSE]
+        return max(stable, default=0.0)
+
+    def table(self) -> list[dict]:
+        rows = []
+        for method, width in itertools.product(self.methods, self.widths):
+            lr, rho = self.best(method, width)
+            sgd_lr, _ = self.best(method, width, sgd=True)
+            accuracies = self.accuracy[method, width, lr, rho]
+            sgd = self.accuracy[SGD[METHODS[method].parameterization], width, sgd_lr, 0]
+            narrow = self.best(method, min(self.widths))
+            rows.append(
+                {
+                    "method": method,
+                    "width": width,
+                    "lr": lr,
+                    "rho": rho,
+                    "accuracy": statistics.fmean(accuracies),
+                    "std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+                    "seeds": len(accuracies),
+                    "sgd_lr": sgd_lr,
+                    "sgd": statistics.fmean(sgd),
+                    "sgd_std": statistics.stdev(sgd) if len(sgd) > 1 else 0.0,
+                    "gain": statistics.fmean(accuracies) - statistics.fmean(sgd),
+                    "regret": statistics.fmean(accuracies) - self.mean(method, width, *narrow),
+                    "largest_stable_rho": self.largest_stable_rho(method, width),
+                }
+            )
+        return rows
+
+
+def format_table(rows: list[dict]) -> str:
+    """Markdown; regret: what is lost at this width by using the narrowest width's best (lr, rho)."""
+    lines = [
+        "| | width | best lr | best rho | accuracy % (± std over seeds) | SGD | gain | regret | largest stable rho |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        accuracy = f"{r['accuracy']:.1f} ± {r['std']:.1f} ({r['seeds']})"
+        sgd = f"{r['sgd']:.1f} ± {r['sgd_std']:.1f}"
+        lines.append(
+            f"| {r['method']} | {r['width']} | {r['lr']:g} | {r['rho']:.3g} | {accuracy} | {sgd} | {r['gain']:+.1f} "
+            f"| {r['regret']:.1f} | {r['largest_stable_rho']:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: Results, path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colors = plt.get_cmap("viridis")(
+        [0.1 + 0.75 * i / max(1, len(results.widths) - 1) for i in range(len(results.widths))]
+    )
+    methods = results.methods
+    figure, axes = plt.subplots(2, len(methods), figsize=(3.1 * len(methods), 6), squeeze=False, layout="constrained")
+    for column, method in enumerate(methods):
+        top, bottom = axes[:, column]
+        for color, width in zip(colors, results.widths):
+            grid = results.grid(method, width)
+            lrs = sorted({lr for lr, _ in grid})
+            rhos = sorted(rho for rho in {rho for _, rho in grid} if all((lr, rho) in grid for lr in lrs))
+            best = max(grid.values())
+            if len(lrs) > 1 and len(rhos) > 1:
+                z = [[grid[lr, rho] for rho in rhos] for lr in lrs]
+                top.contour(rhos, lrs, z, levels=[best - 3, best - 1.5], colors=[color], linestyles=[":", "-"])
+            lr, rho = results.best(method, width)
+            top.plot(rho, lr, "*", color=color, markersize=13, markeredgecolor="white")
+            points = results.slice(method, width)
+            x, mean, std = [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
+            bottom.plot(x, mean, "-o", color=color, markersize=3, label=f"width {width}")
+            bottom.fill_between(
+                x, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], color=color, alpha=0.2
+            )
+            sgd_lr, _ = results.best(method, width, sgd=True)
+            bottom.axhline(results.mean(method, width, sgd_lr, 0), color=color, linestyle="--", linewidth=1)
+        top.set(title=method, xscale="log", yscale="log")
+        bottom.set(xscale="log", xlabel="rho")
+        bottom.sharex(top)
+    values = [mean for m in methods for w in results.widths for _, mean, *_ in results.slice(m, w)]
+    for axis in axes[1]:
+        axis.set_ylim(max(min(values), max(values) - 20) - 1, max(values) + 2)
+    axes[0][0].set_ylabel("lr\n★ best, solid: 1.5 points below it, dotted: 3")
+    axes[1][0].set_ylabel("test accuracy % at the best lr\nband: std over seeds, dashed: SGD")
+    axes[1][-1].legend(loc="lower left", fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["mnist1d", "cifar10"], default="mnist1d")
+    parser.add_argument("--root", help="folder of the CIFAR-10 archive")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--widths", nargs="+", type=int, default=[128, 256, 512])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.1, 0.2, 0.4, 0.8])
+    parser.add_argument("--rhos", nargs="+", type=float, help="one grid for all methods instead of each one's own")
+    parser.add_argument("--seeds", type=int, default=3, help="of the grid")
+    parser.add_argument("--slice-seeds", type=int, default=6, help="of the slice at the best lr; 0: no slice")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", help="of the result files; default transfer_DATA")
+    parser.add_argument("--demo", action="store_true", help="a reduced sweep")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    args.widths = sorted(set(args.widths))
+    if args.demo:
+        args.widths, args.methods, args.lrs, args.seeds, args.slice_seeds = DEMO
+    args.name = args.name or ("demo" if args.demo else f"transfer_{args.data}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.name}.jsonl"
+    try:
+        _data(args.data, args.root, "cpu")
+    except datasets.DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def run(method: str, width: int, lr: float, rho: float, seed: int) -> Run:
+        return Run(args.data, method, width, lr, rho, seed, args.epochs)
+
+    runs = read_runs(path)
+    if not args.report:
+        sgd = {SGD[METHODS[m].parameterization]: (0.0,) for m in args.methods}
+        rhos = {m: args.rhos or METHODS[m].rhos for m in args.methods} | sgd
+        grid = [
+            run(m, w, lr, rho, seed)
+            for seed, m, w, lr in itertools.product(range(args.seeds), rhos, args.widths, args.lrs)
+            for rho in rhos[m]
+        ]
+        runs = sweep(grid, path, args, "grid")
+        results = Results({r: runs[r] for r in grid}, args)
+        cut = []
+        for m, w in itertools.product(args.methods, args.widths):
+            lr, _ = results.best(m, w)
+            sgd_lr, _ = results.best(m, w, sgd=True)
+            steps = [r for r in QUARTER_DECADES if min(rhos[m]) <= r * 1.01 and r <= max(rhos[m]) * 1.01]
+            for seed in range(args.slice_seeds):
+                cut += [run(m, w, lr, rho, seed) for rho in steps]
+                cut += [run(SGD[METHODS[m].parameterization], w, x, 0.0, seed) for x in (lr, sgd_lr)]
+        runs = sweep(cut, path, args, "slice")
+    results = Results(runs, args)
+    rows = results.table()
+    summary = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "rows": rows}
+    (args.out / f"{args.name}.json").write_text(json.dumps(summary, indent=1, default=float) + "\n")
+    print(format_table(rows))
+    figure = args.out / f"{args.name}.png"
+    plot(results, figure, f"3-layer MLP on {args.data}, {args.epochs} epochs")
+    print(f"\nfigure: {figure}")
+    return 0
+
+
+DEMO = None
+if __name__ == "__main__":
+    sys.exit(main())

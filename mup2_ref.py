@@ -1,0 +1,703 @@
+"""muP² for sharpness-aware minimization: the method in one file, to be read from top to bottom.
+
+Haas, Xu, Cevher, Vankadara, "muP²: Effective Sharpness Aware Minimization Requires Layerwise Perturbation
+Scaling", NeurIPS 2024, arXiv:2411.00075. Numbers of definitions, tables, algorithms below are the paper's.
+
+SAM climbs from the weights w to w + e, takes the gradient there, returns to w and descends with that gradient:
+
+    e = rho g / ||g||                g the gradient at w, ||g|| ONE norm over all parameters
+
+As a network gets wider, a few layers dominate that joint norm and the perturbation of all others vanishes. muP²
+scales it layer by layer, so that every layer's perturbation changes its output by an amount that does not depend on
+the width n. For an MLP without biases, h_1 = W_1 x, x_l = relu(h_l), h_{l+1} = W_{l+1} x_l, f = W_{L+1} x_L, and the
+three roles input (l = 1), hidden (l = 2..L), output (l = L+1), a bcd-parameterization (Definition 4) is
+
+    init       W_l ~ N(0, sigma² n^(-2 b_l))
+    update     W_l <- W_l - eta n^(-c_l) dL/dW_l   with the gradient at W + e
+    perturb    e_l = rho n^(-d) v_l / ||v||,   v_l = n^(-d_l) dL/dW_l,   ||v||² = sum_l ||v_l||_F²
+
+muP has b = (0, 1/2, 1), c = (-1, 0, 1); muP² adds d = -1/2, d_l = (-1/2, 1/2, 3/2). For any architecture the same
+reads: with r = (fan_out / fan_in) relative to a base model, learning rate and radius of a tensor are multiplied by r
+and its part of the norm by sqrt(r) (Appendix F.7, Algorithm 1). At the base width muP² is plain SAM: learning rate
+and rho that were tuned there are the ones to use at every other width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# --------------------------------------------------------------- 1. exponents: what theory says of each layer
+
+ROLES = ("input", "hidden", "output")
+PARAMETERIZATIONS = {  # b and c of Table D.1, by role
+    "sp": ((0, 0.5, 0.5), (0, 0, 0)),
+    "sp-stable": ((0, 0.5, 0.5), (1, 1, 1)),
+    "ntp": ((0, 0.5, 0.5), (0, 1, 1)),
+    "mup": ((0, 0.5, 1), (-1, 0, 1)),
+}
+PERTURBATIONS = ("naive", "global", "effective", "balanced", "first-layer")
+VARIANTS = ("sam", "elementwise", "layerwise")
+Triple = tuple[float, float, float]  # (input, hidden, output)
+
+
+class Exponents(NamedTuple):
+    """A bcd-parameterization (Definition 4) with SAM variant."""
+
+    b: Triple  # initial standard deviation n^(-b_l)
+    c: Triple  # learning rate n^(-c_l)
+    dl: Triple  # perturbation n^(-d_l), in the numerator and in the joint norm
+    d: float  # radius rho n^(-d)
+    variant: str = "sam"
+    perturbed: tuple[str, ...] = ROLES  # the other roles stay out of the perturbation and of the norm
+
+
+class Prediction(NamedTuple):
+    """What the exponents imply; a quantity with exponent a is Theta(n^a)."""
+
+    gradient: Triple  # ||dL/dW_l||_F
+    update: Triple  # rms coordinate of (update of W_l) x_{l-1}
+    effect: Triple  # rms coordinate of e_l x_{l-1}. 0: effective, < 0: vanishes, > 0: blows up; -inf: not perturbed
+    r: float  # features move by n^(-r) (Definition 5)
+    stable: bool  # neither training nor the perturbation makes activations or outputs blow up
+    feature_learning: bool
+    effective: tuple[str, ...]  # roles with effect 0
+    dominating: tuple[str, ...]  # roles that make up ||v||
+
+
+def _check_name(what: str, name: Any, known: Any) -> None:
+    if name not in tuple(known):
+        raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(map(repr, known))}")
+
+
+def _add(*xs: Triple) -> Triple:
+    return tuple(map(sum, zip(*xs)))
+
+
+def _raw(b: Triple, c_grad: float, variant: str) -> tuple[Triple, Triple, Triple]:
+    """Exponents of ||g_l||_F, of T, and of the rms coordinate of T² g_l x_{l-1}, all before any scaling (F.1).
+
+    dL/dh has coordinates n^(-c_grad) below the last layer and 1 in it; a hidden or output layer sums over n
+    correlated inputs. T is 1, |w| (elementwise) or ||W_l||_F (layerwise adaptive SAM).
+    """
+    gradient = (0.5 - c_grad, 1 - c_grad, 0.5)
+    t = {"sam": (0, 0, 0), "elementwise": (-b[0], -b[1], -b[2]), "layerwise": (0.5 - b[0], 1 - b[1], 0.5 - b[2])}
+    return gradient, t[variant], _add((-c_grad, 1 - c_grad, 1), t[variant], t[variant])
+
+
+def exponents(
+    parameterization: str = "mup",
+    perturbation: str | tuple[float, Triple] = "effective",
+    variant: str = "sam",
+    perturbed: tuple[str, ...] = ROLES,
+) -> Exponents:
+    """The rows of Tables D.1 and D.2, and their counterparts for adaptive SAM, in closed form.
+
+    perturbation: "naive" (d = d_l = 0), "global" (the largest stable radius), "effective" (with muP this is muP²:
+    every layer effectively perturbed), "balanced" (every layer contributes to the norm), "first-layer" (only the
+    input layer is effectively perturbed) or your own (d, (d_in, d_hid, d_out)).
+    variant: "sam", "elementwise" or "layerwise". perturbed: roles that are perturbed at all (SAM-ON: ("input",)).
+    Raises ValueError for an unknown name.
+    """
+    _check_name("parameterization", parameterization, PARAMETERIZATIONS)
+    _check_name("variant", variant, VARIANTS)
+    active = [i for i, role in enumerate(ROLES) if role in perturbed]
+    if not active or not set(perturbed) <= set(ROLES):
+        raise ValueError(f"perturbed must name some of {ROLES}, not {perturbed!r}")
+    b, c = PARAMETERIZATIONS[parameterization]
+    gradient, t, effect = _raw(b, min(b[2], c[2]), variant)
+    norm = _add(gradient, t)
+    room = [effect[i] - norm[i] for i in active]
+    if not isinstance(perturbation, str):
+        d, dl = perturbation
+        if len(dl) != 3:
+            raise ValueError(f"your own perturbation is (d, (d_in, d_hid, d_out)), not {perturbation!r}")
+    else:
+        _check_name("perturbation", perturbation, PERTURBATIONS)
+        d, dl = {
+            "naive": (0, (0, 0, 0)),
+            "global": (max(effect[i] for i in active) - max(norm[i] for i in active), (0, 0, 0)),
+            "effective": (min(room), _add(effect, (-min(room),) * 3)),
+            "balanced": (max(room), norm),
+            "first-layer": (min(room), _add(effect, (-min(room),) * 3, (0, 1, 1))),
+        }[perturbation]
+    return Exponents(b, c, tuple(dl), d, variant, tuple(perturbed))
+
+
+def predict(e: Exponents, at_init: bool = False) -> Prediction:
+    """Width exponents of gradient, update and perturbation effect, and the verdicts of Appendix F.1.
+
+    at_init: before the first update the output weights are n^(-b_out), after it n^(-min(b_out, c_out)); this differs
+    for the unstable "sp" only.
+    """
+    c_grad = e.b[2] if at_init else min(e.b[2], e.c[2])
+    gradient, t, raw_effect = _raw(e.b, c_grad, e.variant)
+    active = [i for i, role in enumerate(ROLES) if role in e.perturbed]
+    contribution = [gradient[i] + t[i] - e.dl[i] for i in range(3)]
+    norm = max(contribution[i] for i in active)
+    effect = tuple(raw_effect[i] - e.d - e.dl[i] - norm if i in active else -math.inf for i in range(3))
+    update = (-e.c[0] - c_grad, 1 - e.c[1] - c_grad, 1 - e.c[2])
+    r = -max(update[:2])
+    trains_stably = r >= 0 and e.c[2] >= 1 and e.b[2] + r >= 1
+    perturbs_stably = max(effect) <= 0 and e.b[2] - max(effect[:2]) >= 1  # the second: what e_1..e_L do to f
+    return Prediction(
+        gradient,
+        update,
+        effect,
+        r,
+        stable=trains_stably and perturbs_stably,
+        feature_learning=trains_stably and r == 0,
+        effective=tuple(ROLES[i] for i in active if effect[i] == 0),
+        dominating=tuple(ROLES[i] for i in active if contribution[i] == norm),
+    )
+
+
+# ---------------------------------------------------------- 2. roles and scales: the same for any architecture
+
+
+class _Tensor(NamedTuple):
+    """A parameter, its role, and by what factor its fans grew from the base model to this one."""
+
+    param: nn.Parameter
+    module: nn.Module  # its owner
+    role: str  # one of ROLES (vectors are input-like: fan_in 1), or "finite": nothing grows with the width
+    fan_out: float
+    fan_in: float
+    base_fan_in: int | None  # inputs of one output at the base width; None: init_ leaves this tensor alone
+
+
+_MATRIX_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def _fans(module: nn.Module, shape: torch.Size, width_dims: list[int]) -> tuple[int, int] | None:
+    """(fan_out, fan_in) of a tensor; None if neither module type nor shape tells."""
+    if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 1:  # grouped and transposed ones too
+        return module.out_channels, shape.numel() // module.out_channels
+    if isinstance(module, _MATRIX_MODULES) and len(shape) == 2:
+        return shape[0], shape[1]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return shape[1], 1  # one-hot input: every output coordinate is one weight
+    if not width_dims:
+        return 1, 1
+    if len(shape) == 1 or (len(shape) > 2 and shape.numel() == max(shape)):  # gains, biases, layer scales, class tokens
+        return shape.numel(), 1
+    if len(shape) > 2 and shape[0] == 1 and width_dims == [len(shape) - 1]:  # (1, positions, width): added to x
+        return shape[-1], 1
+    return None  # a matrix that some forward() multiplies with, we cannot know from which side
+
+
+def _describe(
+    name: str, p: Tensor, base: Tensor, module: nn.Module, base_module: nn.Module, word: str | None
+) -> _Tensor:
+    """Role and fans, from the module's type and the dimensions that differ, or from the user's word."""
+    ratios = [n / n0 if n0 else 1.0 for n, n0 in zip(p.shape, base.shape)]
+    width_dims = [i for i, ratio in enumerate(ratios) if ratio != 1]
+    fans, base_fans = _fans(module, p.shape, width_dims), _fans(base_module, base.shape, width_dims)
+    if word is not None:
+        _check_name(f"role of '{name}'", word, (*ROLES, "finite"))
+        if word == "hidden" and p.ndim < 2:
+            raise ValueError(f"'{name}' has shape {tuple(p.shape)}, but a hidden tensor is (fan_out, fan_in, ...)")
+        fan_out = {"input": math.prod(ratios), "hidden": ratios[0]}.get(word, 1.0)
+        fan_in = {"output": math.prod(ratios), "hidden": math.prod(ratios[1:])}.get(word, 1.0)
+    elif fans is None:
+        raise ValueError(
+            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(base.shape)}): the layout of "
+            f"{type(module).__name__} is not known. Pass roles={{'{name}': role}} with 'input' (fan_in does not grow "
+            "with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not) or 'finite'."
+        )
+    else:
+        fan_out, fan_in = fans[0] / base_fans[0], fans[1] / base_fans[1]
+    role = word or ("finite", "output", "input", "hidden")[2 * (fan_out != 1) + (fan_in != 1)]
+    drawn = p.ndim > 1 and isinstance(module, _MATRIX_MODULES)
+    return _Tensor(p, module, role, fan_out, fan_in, base_fans[1] if drawn else None)
+
+
+def _tensors(model: nn.Module, base_model: nn.Module, roles: dict[str, str] | None) -> dict[str, _Tensor]:
+    """Every parameter by name, a tied one by its first; raises ValueError where a role cannot be told."""
+    roles = roles or {}
+    base_params = dict(base_model.named_parameters(remove_duplicate=False))
+    names: dict[Tensor, str] = {}
+    found: dict[str, _Tensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name not in base_params or base_params[name].ndim != p.ndim:
+            raise ValueError(
+                f"'{name}' with shape {tuple(p.shape)} has no counterpart in base_model. Build base_model with the same "
+                "code at another width, and pass both models as they are (not wrapped in DDP or torch.compile)."
+            )
+        first, owner = names.setdefault(p, name), name.rpartition(".")[0]
+        modules = model.get_submodule(owner), base_model.get_submodule(owner)
+        tensor = _describe(name, p, base_params[name], *modules, roles.get(first))
+        if found.setdefault(first, tensor)[2:5] != tensor[2:5]:
+            raise ValueError(
+                f"'{first}' ({found[first].role}) and '{name}' ({tensor.role}) are one tied tensor in two roles. Say "
+                f"which one counts: roles={{'{first}': '{found[first].role}'}}."
+            )
+    if unknown := set(roles) - set(found):
+        raise ValueError(f"roles names parameters that the model does not have: {sorted(unknown)}")
+    return found
+
+
+def _scale(x: Triple, t: _Tensor, width: float | None) -> float:
+    """n^(x_role), for tensors whose fans grow by different factors: fan_out^p fan_in^q width^g.
+
+    p, q, g follow from p + g, p + q + g, q + g being the exponents of input, hidden, output; a finite tensor gets
+    width^g. For muP² g is 0. width is the model's multiplier; None if it has several.
+    """
+    g = x[0] + x[2] - x[1]
+    if g and width is None:
+        raise ValueError(
+            "dimensions of this model grow by different factors, but this scaling is defined for one width multiplier; "
+            "use perturbation='effective' with norm='decoupled', or 'naive'."
+        )
+    return t.fan_out ** (x[0] - g) * t.fan_in ** (x[2] - g) * (width or 1.0) ** g
+
+
+def _init_scale(t: _Tensor, parameterization: str) -> float:
+    """Initial standard deviation relative to the base model: n^(-b_l), and for muP min(1, sqrt(fan_out/fan_in))."""
+    if t.role in ("input", "finite"):
+        return 1.0
+    if parameterization == "mup":
+        return 1 / t.fan_in if t.role == "output" else t.fan_in**-0.5 * min(1.0, t.fan_out / t.fan_in) ** 0.5
+    return t.fan_in**-0.5
+
+
+def _perturbation_scales(
+    e: Exponents, t: _Tensor, width: float | None, init_scale: float, decoupled: bool
+) -> tuple[float, float]:
+    """(factor of rho, gradnorm_scaling) of one tensor: n^(-d - d_l) and n^(-d_l), or Algorithm 1's for the latter."""
+    if not any(e.dl):
+        return _scale((-e.d,) * 3, t, width), 1.0
+    gradient, t_exponents, _ = _raw(e.b, min(e.b[2], e.c[2]), e.variant)
+    # The growth of T is taken from the initial weights, not from one power of the width: a bias has T ~ 1.
+    growth_of_t = {"sam": 1, "elementwise": init_scale, "layerwise": init_scale * (t.fan_out * t.fan_in) ** 0.5}
+    T = growth_of_t[e.variant]
+    joint = _add(tuple(-x for x in e.dl), t_exponents, t_exponents)
+    rho_factor = _scale(_add(joint, (-e.d,) * 3), t, width) / T**2
+    if decoupled:  # every layer contributes Theta(1) to the norm
+        return rho_factor, _scale(tuple(-x for x in gradient), t, width) / T
+    return rho_factor, _scale(joint, t, width) / T**2
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A normalization layer, by type; classes of other libraries (LlamaRMSNorm, LayerNorm2d) by their type's name."""
+    return isinstance(module, _NORM_MODULES) or "norm" in type(module).__name__.lower()
+
+
+def param_groups(
+    model: nn.Module,
+    base_model: nn.Module,
+    *,
+    lr: float,
+    rho: float,
+    weight_decay: float = 0.0,
+    base_optimizer: str = "sgd",
+    parameterization: str = "mup",
+    perturbation: str | tuple[float, Triple] = "effective",
+    variant: str = "sam",
+    norm: str = "decoupled",
+    perturb: str | Callable[[str, Tensor], bool] = "all",
+    roles: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for SAM (or for any torch optimizer) with the learning rate, radius and norm factor of every tensor.
+
+    base_model: the same architecture at the base width, where lr and rho were tuned; it may live on the meta device.
+    A dimension that differs is a width dimension. At the base width every factor is 1.
+    weight_decay: lr * weight_decay is kept independent of the width. base_optimizer: "sgd" or "adam" (AdamW too).
+    norm: "decoupled" (Algorithm 1: every layer contributes Theta(1)) or "joint" (Definition 4); it concerns
+    perturbation="effective", the other ones are defined with the joint norm.
+    perturb: "all", "norm" (normalization layers, by module type: SAM-ON) or f(name, parameter) -> bool.
+    roles: {parameter name: "input", "hidden", "output" or "finite"} where shapes and modules cannot tell.
+
+    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb; tensors that agree in all of
+    them share one. Raises ValueError for an ambiguous role, an unknown name, or models that differ in more than width.
+    """
+    _check_name("base_optimizer", base_optimizer, ("sgd", "adam"))
+    _check_name("norm", norm, ("decoupled", "joint"))
+    if base_optimizer == "adam" and parameterization not in ("sp", "mup"):
+        raise ValueError(f"the learning rates of {parameterization!r} are SGD's; for Adam use 'sp' or 'mup'")
+    if not callable(perturb):
+        _check_name("perturb", perturb, ("all", "norm"))
+    tensors = {name: t for name, t in _tensors(model, base_model, roles).items() if t.param.requires_grad}
+    perturbed = {
+        name
+        for name, t in tensors.items()
+        if (perturb(name, t.param) if callable(perturb) else perturb == "all" or _is_norm(t.module))
+    }
+    if not perturbed:
+        raise ValueError(f"perturb={perturb!r} selects no trainable parameter")
+    active = {tensors[name].role for name in perturbed}
+    # At the base width every tensor is finite and every exponent is raised from 1: any choice will do.
+    e = exponents(parameterization, perturbation, variant, tuple(r for r in ROLES if r in active) or ROLES)
+    multipliers = {ratio for t in tensors.values() for ratio in (t.fan_out, t.fan_in)} - {1.0}
+    width = None if len(multipliers) > 1 else max(multipliers, default=1.0)
+
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, t in tensors.items():
+        if base_optimizer == "sgd":
+            lr_factor = _scale(tuple(-x for x in e.c), t, width)
+        else:
+            lr_factor = 1 / t.fan_in if parameterization == "mup" else 1.0
+        decoupled = norm == "decoupled" and perturbation == "effective"
+        init_scale = _init_scale(t, parameterization)
+        rho_factor, norm_factor = _perturbation_scales(e, t, width, init_scale, decoupled)
+        settings = {
+            "role": t.role,
+            "lr": lr * lr_factor,
+            "weight_decay": weight_decay / lr_factor,
+            "rho": rho * rho_factor,
+            "gradnorm_scaling": norm_factor,
+            "perturb": name in perturbed,
+        }
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
+        group["params"].append(t.param)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def init_(
+    model: nn.Module,
+    base_model: nn.Module,
+    *,
+    parameterization: str = "mup",
+    zero_output: bool = False,
+    gain: float = 2**0.5,
+    roles: dict[str, str] | None = None,
+) -> nn.Module:
+    """Draw the initial weights of an existing module in place, and return it.
+
+    Matrices become N(0, gain² / fan_in) at the base width and n^(-b_l) times that elsewhere (gain as in
+    torch.nn.init.calculate_gain: sqrt(2) for ReLU); their biases 0. Embeddings, norms and other vectors have no
+    width-dependent scale and keep their values, and so do raw parameters, which only the model's author can draw.
+    Nothing that is drawn depends on the values before, so twice is the same as once.
+    zero_output: output weights start at 0; at the base width name them, roles={"head.weight": "output"}.
+    """
+    _check_name("parameterization", parameterization, PARAMETERIZATIONS)
+    tensors = _tensors(model, base_model, roles)
+    if zero_output and all(t.role != "output" for t in tensors.values()):
+        raise ValueError("zero_output: no tensor has the role 'output'. Name it: roles={'head.weight': 'output'}.")
+    for t in tensors.values():
+        if zero_output and t.role == "output":
+            t.param.zero_()
+        elif t.base_fan_in is not None:
+            t.param.normal_(0, gain * t.base_fan_in**-0.5 * _init_scale(t, parameterization))
+        elif t.param.ndim == 1 and isinstance(t.module, _MATRIX_MODULES):
+            t.param.zero_()
+    return model
+
+
+def report(groups: list[dict[str, Any]]) -> str:
+    """A table with one row per parameter: name, shape, role, lr, rho, gradnorm_scaling ("-": not perturbed)."""
+    rows = [("name", "shape", "role", "lr", "rho", "gradnorm_scaling")]
+    for g in groups:
+        for name, p in zip(g["names"], g["params"]):
+            radius = (f"{g['rho']:.4g}", f"{g['gradnorm_scaling']:.4g}") if g["perturb"] else ("-", "-")
+            rows.append((name, "x".join(map(str, p.shape)), g["role"], f"{g['lr']:.4g}", *radius))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
+
+
+# ------------------------------------------------------------------------- 3. the optimizer: functions of tensors
+
+
+def normalizer(w: Tensor, variant: str) -> Tensor | float:
+    """T of the variant: 1 (sam), |w| (elementwise) or ||w||_F (layerwise), in the shape of w or a scalar."""
+    if variant == "sam":
+        return 1.0
+    return w.abs() if variant == "elementwise" else torch.linalg.vector_norm(w, dtype=torch.float64)
+
+
+def joint_norm(weights: list[Tensor], gradients: list[Tensor], scalings: list[float], variant: str) -> Tensor:
+    """sqrt(sum_l (gradnorm_scaling_l ||T g_l||_F)²), a float64 scalar: neither overflows nor loses small terms."""
+    device = weights[0].device
+    norms = [
+        s * torch.linalg.vector_norm(_wide(g) * normalizer(_wide(w), variant), dtype=torch.float64).to(device)
+        for w, g, s in zip(weights, gradients, scalings)
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
+    """w <- w + coefficient T² g: climb to the local maximum. Computed in float32 or wider and rounded once."""
+    T = normalizer(_wide(w), variant)
+    w.copy_(_wide(w) + _wide(g) * (T * T * coefficient.to(w.device)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization around any torch optimizer, with muP² factors per parameter group.
+
+    Groups may carry rho, gradnorm_scaling (default 1) and perturb (default True), as param_groups() makes them
+    (Algorithm 1). Over all perturbed tensors l that have a gradient:
+
+        norm = sqrt(sum_l (gradnorm_scaling_l ||T g_l||)²)        e_l = rho_l T² g_l / (norm + 1e-12)
+
+    rho: radius of groups without their own, in units of the weights' Euclidean norm for variant "sam", relative to
+    it for the adaptive ones. variant: "sam", "elementwise" or "layerwise". base_kwargs go to base_optimizer.
+    skip_nonfinite: also skip the update if a gradient of the second pass is not finite (one more read of them all).
+
+    Use step(closure), or first_step() and second_step() after a backward each. A first gradient that is not finite
+    perturbs nothing and makes the following update a no-op, counted in skipped_steps. Weights are perturbed and
+    restored in place, bit for bit, and whatever was perturbed is restored, with or without a second gradient.
+    Momentum and learning rate live in this object, shared with .base_optimizer: schedulers, hooks, state_dict, deepcopy
+    and pickle see one optimizer. On a GPU each first_step reads one flag, and so waits for the device.
+    """
+
+    EPS = 1e-12
+    _step_supports_amp_scaling = True  # GradScaler.step calls step() even on overflow, so that weights are restored
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        variant: str = "sam",
+        skip_nonfinite: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
+            raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, not {base_optimizer!r}")
+        if issubclass(base_optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS evaluates the loss inside its own step, where SAM cannot perturb; use another one")
+        _check_name("variant", variant, VARIANTS)
+        self.variant, self.skip_nonfinite, self.skipped_steps = variant, skip_nonfinite, 0
+        self._backup: list[tuple[Tensor, Tensor]] | None = None  # what is perturbed, and its weights before
+        self._finite = True
+        own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True}
+        params = list(params)
+        params = [dict(p) for p in params] if params and isinstance(params[0], dict) else params
+        super().__init__(params, own)
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self.defaults = self.base_optimizer.defaults | own
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; raises ValueError if rho or gradnorm_scaling is negative or not finite."""
+        for key in ("rho", "gradnorm_scaling"):
+            value = param_group.get(key, self.defaults[key])
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{key} must be finite and >= 0, not {value}")
+        super().add_param_group(param_group)
+
+    # -- the two passes
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climb: w <- w + e. Raises RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
+        if self._backup is not None:
+            raise RuntimeError("first_step() was called twice; call second_step() (or restore()) before the next one")
+        perturbed = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.grad.is_complex():
+                    kind = "complex" if p.grad.is_complex() else "sparse"
+                    raise RuntimeError(
+                        f"SAM does not take {kind} gradients (shape {tuple(p.shape)}); "
+                        + (
+                            "use sparse=False in the embedding"
+                            if kind == "sparse"
+                            else "optimize torch.view_as_real(p)"
+                        )
+                    )
+                if group["perturb"]:
+                    perturbed.append((p, p.grad, group))
+        self._finite, self._backup = True, []
+        if perturbed:
+            weights, gradients, groups = zip(*perturbed)
+            norm = joint_norm(weights, gradients, [g["gradnorm_scaling"] for g in groups], self.variant)
+            self._finite = bool(torch.isfinite(norm))
+        if perturbed and self._finite:
+            self._backup = [(w, w.clone()) for w in weights]
+            with self._restored_on_error():
+                for w, g, group in perturbed:
+                    perturb_(w, g, group["rho"] / (norm + self.EPS), self.variant)
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Return to w and let the base optimizer step. Raises RuntimeError if first_step() has not been called."""
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put every perturbed weight back, bit for bit; nothing happens if none is."""
+        for w, backup in self._backup or ():
+            w.copy_(backup)
+        self._backup = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One SAM step. closure: zero_grad, forward, backward, return loss; it runs twice, the first loss is returned.
+
+        Without closure this is second_step(). Raises RuntimeError when called in the wrong phase.
+        """
+        loss = None
+        if closure is not None:
+            if self._backup is not None:
+                raise RuntimeError("step(closure) was called after first_step(); call second_step() or restore() first")
+            if getattr(self, "found_inf", None) is not None:
+                raise RuntimeError("GradScaler cannot unscale inside a closure; use first_step() and scaler.step(opt)")
+            with torch.enable_grad():
+                loss = closure()
+            self.first_step()
+            with self._restored_on_error(), torch.enable_grad():
+                closure()
+        elif self._backup is None:
+            raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
+        self.restore()
+        if self._update_allowed():
+            self.base_optimizer.step()
+        else:
+            self.skipped_steps += 1
+        return loss
+
+    def _update_allowed(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if getattr(self, "grad_scale", None) is not None:  # set by GradScaler.step, which then leaves unscaling to us
+            for g in gradients:
+                g.div_(self.grad_scale.to(g.device))
+        if not self._finite or (getattr(self, "found_inf", None) is not None and self.found_inf.item()):
+            return False
+        return not self.skip_nonfinite or all(bool(g.isfinite().all()) for g in gradients)
+
+    @contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    # -- one optimizer to the outside
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and all groups; never a backup. RuntimeError between the passes."""
+        if self._backup is not None:
+            raise RuntimeError(
+                "weights are perturbed, so that a checkpoint would hold w + e; call second_step() or restore()"
+            )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of a SAM or of a bare base optimizer (rho and factors stay). RuntimeError between the passes."""
+        if self._backup is not None:
+            raise RuntimeError("weights are perturbed; call second_step() or restore() before load_state_dict()")
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):
+            saved = [{**mine, **theirs} for mine, theirs in zip(self.param_groups, saved)]
+        super().load_state_dict({**state_dict, "param_groups": saved})
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("base_optimizer", "variant", "skip_nonfinite", "skipped_steps", "_backup", "_finite")
+        return super().__getstate__() | {key: getattr(self, key) for key in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of copies and of load_state_dict
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+
+# ----------------------------------------------------------------------------------------- 4. a model, and training
+
+
+class MLP(nn.Module):
+    """ReLU MLP without biases: (batch, ...) with d_in values per sample -> (batch, d_out), as in the paper's Section 4."""
+
+    def __init__(self, d_in: int, width: int, d_out: int, hidden_layers: int = 2) -> None:
+        super().__init__()
+        sizes = [d_in] + [width] * hidden_layers + [d_out]
+        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in zip(sizes, sizes[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_data: tuple[Tensor, Tensor],
+    test_data: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Iterator[float]:
+    """Train a classifier with cross entropy at constant learning rate; yields the test accuracy in % after each epoch.
+
+    train_data, test_data: (inputs, integer labels) on the model's device. seed: of the order of the samples.
+    Ends early when the loss is no longer finite.
+    """
+    x_train, y_train = train_data
+    x_test, y_test = test_data
+    shuffle = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        total = torch.zeros((), device=x_train.device)
+        model.train()
+        for batch in torch.randperm(len(x_train), generator=shuffle).to(x_train.device).split(batch_size):
+            x, y = x_train[batch], y_train[batch]
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss.detach()
+
+            total += optimizer.step(closure)
+        if not torch.isfinite(total):
+            return
+        model.eval()
+        with torch.no_grad():
+            yield 100 * (model(x_test).argmax(1) == y_test).float().mean().item()
+
+
+def main() -> None:
+    """What theory predicts for muP, what the groups of a small MLP are, and what each layer's perturbation does."""
+    print("Width exponents in muP of the perturbation's effect on each layer's output (0: effective, < 0: vanishes):")
+    for name in PERTURBATIONS:
+        e = exponents("mup", name)
+        effect = "  ".join(f"{role} {x:+.1f}" for role, x in zip(ROLES, predict(e).effect))
+        print(f"  {name:<12} d = {e.d:+.1f}   d_l = ({', '.join(f'{x:+.1f}' for x in e.dl)})   {effect}")
+
+    base = MLP(40, 128, 10)
+    print("\nmuP² for an MLP of width 1024, tuned at width 128 with lr 0.1 and rho 0.1:")
+    print(report(param_groups(MLP(40, 1024, 10), base, lr=0.1, rho=0.1)))
+
+    print("\nMeasured: spectral norm of each layer's perturbation / sqrt(fan_out / fan_in), times 1000")
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 40), torch.randint(10, (256,))
+    for name in ("naive", "effective"):
+        for width in (128, 512, 2048):
+            model = init_(MLP(40, width, 10), base)
+            optimizer = SAM(param_groups(model, base, lr=0.1, rho=0.1, perturbation=name))
+            before = [w.detach().clone() for w in model.parameters()]
+            F.cross_entropy(model(x), y).backward()
+            optimizer.first_step()
+            sizes = [
+                1000 * torch.linalg.matrix_norm(w.detach() - w0, 2) * (w.shape[1] / w.shape[0]) ** 0.5
+                for w, w0 in zip(model.parameters(), before)
+            ]
+            optimizer.restore()
+            row = "  ".join(f"{role} {size:6.2f}" for role, size in zip(ROLES, sizes))
+            print(f"  {'SAM in muP' if name == 'naive' else 'muP²':<11} width {width:>4}   {row}")
+    print("With muP² the columns do not depend on the width; with one radius for all, they do.")
+
+
+if __name__ == "__main__":
+    main()
