@@ -193,30 +193,26 @@ def _fans(module: nn.Module, shape: torch.Size, width_dims: list[int]) -> tuple[
     return None  # a matrix that some forward() multiplies with, we cannot know from which side
 
 
-def _describe(
-    name: str, p: Tensor, base: Tensor, module: nn.Module, base_module: nn.Module, word: str | None
-) -> _Tensor:
+def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.Module, word: str | None) -> _Tensor:
     """Role and fans, from the module's type and the dimensions that differ, or from the user's word."""
-    ratios = [n / n0 if n0 else 1.0 for n, n0 in zip(p.shape, base.shape)]
+    ratios = [n / n0 if n0 else 1.0 for n, n0 in zip(p.shape, p0.shape)]
     width_dims = [i for i, ratio in enumerate(ratios) if ratio != 1]
-    fans, base_fans = _fans(module, p.shape, width_dims), _fans(base_module, base.shape, width_dims)
-    if word is not None:
-        _check_name(f"role of '{name}'", word, (*ROLES, "finite"))
-        if word == "hidden" and p.ndim < 2:
-            raise ValueError(f"'{name}' has shape {tuple(p.shape)}, but a hidden tensor is (fan_out, fan_in, ...)")
-        fan_out = {"input": math.prod(ratios), "hidden": ratios[0]}.get(word, 1.0)
-        fan_in = {"output": math.prod(ratios), "hidden": math.prod(ratios[1:])}.get(word, 1.0)
-    elif fans is None:
-        raise ValueError(
-            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(base.shape)}): the layout of "
-            f"{type(module).__name__} is not known. Pass roles={{'{name}': role}} with 'input' (fan_in does not grow "
-            "with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not) or 'finite'."
-        )
+    fans, fans0 = _fans(module, p.shape, width_dims), _fans(module0, p0.shape, width_dims)
+    if word in ("input", "output", "finite"):
+        fan_out, fan_in = math.prod(ratios) if word == "input" else 1.0, math.prod(ratios) if word == "output" else 1.0
+    elif word == "hidden" and p.ndim > 1:
+        fan_out, fan_in = ratios[0], math.prod(ratios[1:])
+    elif word is None and fans is not None:
+        fan_out, fan_in = fans[0] / fans0[0], fans[1] / fans0[1]
     else:
-        fan_out, fan_in = fans[0] / base_fans[0], fans[1] / base_fans[1]
+        raise ValueError(
+            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in {type(module).__name__}"
+            f", roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' (fan_in does not grow with the "
+            "width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not grow) or 'finite'."
+        )
     role = word or ("finite", "output", "input", "hidden")[2 * (fan_out != 1) + (fan_in != 1)]
     drawn = p.ndim > 1 and isinstance(module, _MATRIX_MODULES)
-    return _Tensor(p, module, role, fan_out, fan_in, base_fans[1] if drawn else None)
+    return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn else None)
 
 
 def _tensors(model: nn.Module, base_model: nn.Module, roles: dict[str, str] | None) -> dict[str, _Tensor]:
@@ -475,9 +471,7 @@ class SAM(torch.optim.Optimizer):
         self._backup: list[tuple[Tensor, Tensor]] | None = None  # what is perturbed, and its weights before
         self._finite = True
         own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True}
-        params = list(params)
-        params = [dict(p) for p in params] if params and isinstance(params[0], dict) else params
-        super().__init__(params, own)
+        super().__init__([dict(p) if isinstance(p, dict) else p for p in params], own)
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.defaults = self.base_optimizer.defaults | own
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
@@ -503,14 +497,9 @@ class SAM(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.layout != torch.strided or p.grad.is_complex():
-                    kind = "complex" if p.grad.is_complex() else "sparse"
                     raise RuntimeError(
-                        f"SAM does not take {kind} gradients (shape {tuple(p.shape)}); "
-                        + (
-                            "use sparse=False in the embedding"
-                            if kind == "sparse"
-                            else "optimize torch.view_as_real(p)"
-                        )
+                        f"SAM takes dense real gradients, not this {'complex' if p.grad.is_complex() else 'sparse'} one of "
+                        f"shape {tuple(p.shape)}: use sparse=False in embeddings, torch.view_as_real for complex weights"
                     )
                 if group["perturb"]:
                     perturbed.append((p, p.grad, group))
@@ -560,20 +549,17 @@ class SAM(torch.optim.Optimizer):
         elif self._backup is None:
             raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
         self.restore()
-        if self._update_allowed():
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if getattr(self, "grad_scale", None) is not None:  # GradScaler.step leaves this to us
+            for g in gradients:
+                g.div_(self.grad_scale.to(g.device))
+        overflow = getattr(self, "found_inf", None) is not None and self.found_inf.item() > 0
+        nonfinite = self.skip_nonfinite and not all(g.isfinite().all() for g in gradients)
+        if self._finite and not overflow and not nonfinite:
             self.base_optimizer.step()
         else:
             self.skipped_steps += 1
         return loss
-
-    def _update_allowed(self) -> bool:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if getattr(self, "grad_scale", None) is not None:  # set by GradScaler.step, which then leaves unscaling to us
-            for g in gradients:
-                g.div_(self.grad_scale.to(g.device))
-        if not self._finite or (getattr(self, "found_inf", None) is not None and self.found_inf.item()):
-            return False
-        return not self.skip_nonfinite or all(bool(g.isfinite().all()) for g in gradients)
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
