@@ -471,7 +471,9 @@ class SAM(torch.optim.Optimizer):
         self._backup: list[tuple[Tensor, Tensor]] | None = None  # what is perturbed, and its weights before
         self._finite = True
         own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True}
-        super().__init__([dict(p) if isinstance(p, dict) else p for p in params], own)
+        if not isinstance(params, Tensor):  # which torch refuses with a clear message
+            params = [dict(p) if isinstance(p, dict) else p for p in params]
+        super().__init__(params, own)
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.defaults = self.base_optimizer.defaults | own
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state

@@ -98,13 +98,12 @@ def outputs(inputs: dict[nn.Module, torch.Tensor]) -> dict[nn.Module, torch.Tens
 
 def measure(row: Row, width: int, seed: int) -> dict[str, list[float]]:
     """Quantity -> its value for input, hidden and output role; nan where nothing is perturbed."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
     torch.manual_seed(seed)
-    x, teacher, probe = torch.randn(BATCH, D_IN), torch.randn(D_IN, D_OUT), torch.randn(PROBES, D_IN)
+    shapes = (BATCH, D_IN), (PROBES, D_IN), (D_IN, D_OUT)
+    x, probe, teacher = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     y = (x @ teacher).argmax(1)
     with_norm = row.perturb == "norm"
-    model, base = network(width, with_norm), network(1, with_norm)
+    model, base = network(width, with_norm).double(), network(1, with_norm)
     mup2_ref.init_(model, base, parameterization=row.parameterization, gain=1.0)
     largest = max(0.0, *row.prediction().effect)
     groups = mup2_ref.param_groups(
@@ -176,7 +175,7 @@ def main() -> int:
     tasks = [(row, width, seed) for row in table for width in args.widths for seed in range(args.seeds)]
     tasks.sort(key=lambda task: -task[1])
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context) as pool:
+    with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool:
         futures = [pool.submit(measure, *task) for task in tasks]
         measured = {task: f.result() for task, f in tqdm(list(zip(tasks, futures)), desc="measuring", mininterval=1)}
 

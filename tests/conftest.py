@@ -1,0 +1,22 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+torch.set_num_threads(1)  # small tensors; steadier times when tests share the machine
+
+import mup2_ref  # noqa: E402
+
+
+@pytest.fixture(params=["mup2_ref"])
+def SAM(request):
+    """Every implementation of the optimizer: what holds for the reference holds for the others."""
+    return {"mup2_ref": mup2_ref.SAM}[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
