@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -608,7 +609,7 @@ class MLP(nn.Module):
     def __init__(self, d_in: int, width: int, d_out: int, hidden_layers: int = 2) -> None:
         super().__init__()
         sizes = [d_in] + [width] * hidden_layers + [d_out]
-        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)

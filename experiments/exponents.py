@@ -200,7 +200,9 @@ def main() -> int:
             result["predicted"][quantity] = [x if np.isfinite(x) else None for x in prediction[quantity]]
             result["measured"][quantity] = [round(x, 4) if np.isfinite(x) else None for x in slope]
             geometric = np.exp(np.log(values).mean(1)).T.tolist()
-            result["values"][quantity] = [[float(f"{x:.5g}") if x == x else None for x in role] for role in geometric]
+            result["values"][quantity] = [
+                [float(f"{x:.5g}") if np.isfinite(x) else None for x in role] for role in geometric
+            ]
         worst = max(worst, deviation)
         result["deviation"] = round(deviation, 4)
         results.append(result)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 torch.set_num_threads(1)  # small tensors; steadier times when tests share the machine
 
-import mup2_ref  # noqa: E402
+import mup2_ref
 
 
 @pytest.fixture(params=["mup2_ref"])

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from exponents import QUANTITIES, Row, measure, slopes
 
+from exponents import QUANTITIES, Row, measure, slopes
 from mup2_ref import ROLES, Exponents, exponents, predict
 
 D1 = {  # name: b, c, r, stable, feature learning

@@ -32,7 +32,7 @@ def snapshot(params):
 
 def equal(params, others):
     """Bit for bit: tells -0.0 from 0.0 and takes NaN as equal to itself."""
-    as_bytes = lambda t: t.detach().reshape(-1).contiguous().view(torch.uint8)  # noqa: E731
+    as_bytes = lambda t: t.detach().reshape(-1).contiguous().view(torch.uint8)
     return all(torch.equal(as_bytes(p), as_bytes(q)) for p, q in zip(params, others))
 
 
@@ -112,7 +112,7 @@ def test_matches_a_numpy_loop(SAM, variant, base):
     weights = [p.detach().numpy().copy() for p in params]
     for _ in range(10):
         opt.step(closure_of(opt, params))
-        gradient = lambda w: 4 * (w - 0.3) ** 3 + np.cos(w)  # noqa: E731
+        gradient = lambda w: 4 * (w - 0.3) ** 3 + np.cos(w)
         weights = numpy_sam(weights, gradient, variant, rhos, scalings, (0, 1), update)
     for p, w in zip(params, weights):
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-11)
@@ -639,7 +639,7 @@ def test_training_goes_on_bit_for_bit(SAM, base, kwargs, how):
 
 
 def test_state_dict_has_momentum_and_no_backup(SAM):
-    params, opt = trained(SAM, momentum=0.9)
+    _params, opt = trained(SAM, momentum=0.9)
     state = opt.state_dict()
     assert set(state) == {"state", "param_groups"}
     assert [set(s) for s in state["state"].values()] == [{"momentum_buffer"}] * 3

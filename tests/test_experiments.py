@@ -1,0 +1,223 @@
+"""Data sets, damaged and missing ones too, and the sweep: that it resumes, reports and trains the real methods."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import transfer
+
+# ------------------------------------------------------------------------------------------------ MNIST-1D
+
+
+def test_mnist1d_as_shipped():
+    (x, y), (x_test, y_test) = data.load("mnist1d")
+    assert (x.shape, y.shape, x_test.shape, y_test.shape) == ((4000, 40), (4000,), (1000, 40), (1000,))
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    assert torch.cat([y, y_test]).bincount().tolist() == [500] * 10
+    assert torch.cat([x, x_test]).mean().abs() < 1e-6 and abs(torch.cat([x, x_test]).std() - 1) < 1e-4
+
+
+def test_mnist1d_can_be_made_again():
+    made = pytest.importorskip("mnist1d.data", reason="pip install mnist1d to make the data set again")
+    fresh = made.make_dataset(made.get_dataset_args())
+    (x, y), (x_test, y_test) = data.load("mnist1d")
+    for mine, key in ((x, "x"), (y, "y"), (x_test, "x_test"), (y_test, "y_test")):
+        assert np.array_equal(mine.numpy(), fresh[key].astype(mine.numpy().dtype)), key
+
+
+# ------------------------------------------------------------------------------------------------ CIFAR-10
+
+N = 20  # images per file; the real ones have 10,000
+
+
+def batches():
+    random = np.random.default_rng(0)
+    return [(random.integers(0, 256, (N, 3072), dtype=np.uint8), np.arange(N) % 10) for _ in range(6)]
+
+
+def python_files(content=None):
+    for (x, y), name in zip(content or batches(), [*data.CIFAR10["python"][2], data.CIFAR10["python"][3]]):
+        batch = {b"batch_label": b"1", b"labels": y.tolist(), b"data": x, b"filenames": [b"a.png"] * len(y)}
+        yield name, pickle.dumps(batch, protocol=2)
+
+
+def binary_files(content=None):
+    for (x, y), name in zip(content or batches(), [*data.CIFAR10["binary"][2], data.CIFAR10["binary"][3]]):
+        yield name, np.hstack([y[:, None].astype(np.uint8), x]).tobytes()
+
+
+def archive(root, version, files):
+    name, folder, *_ = data.CIFAR10[version]
+    with tarfile.open(root / name, "w:gz") as tar:
+        for file, content in files:
+            info = tarfile.TarInfo(f"{folder}/{file}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return root / name
+
+
+def unpacked(root, version, files):
+    folder = root / data.CIFAR10[version][1]
+    folder.mkdir()
+    for file, content in files:
+        (folder / file).write_bytes(content)
+    return folder
+
+
+FILES = {"python": python_files, "binary": binary_files}
+
+
+@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_cifar10(tmp_path, version, packed):
+    where = (archive if packed else unpacked)(tmp_path, version, FILES[version]())
+    (x, y), (x_test, _y_test) = data.load("cifar10", tmp_path)
+    assert (x.shape, x_test.shape) == ((5 * N, 3, 32, 32), (N, 3, 32, 32)) and x.dtype == torch.float32
+    assert y.tolist() == list(np.arange(N) % 10) * 5
+    assert x.mean((0, 2, 3)).abs().max() < 1e-5 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    raw = torch.from_numpy(batches()[5][0].reshape(N, 3, 32, 32)).float()
+    correlation = torch.corrcoef(torch.stack([x_test[:, 1].flatten(), raw[:, 1].flatten()]))[0, 1]
+    assert correlation > 0.99999  # channels and pixels are where they belong
+    if not packed:
+        assert torch.equal(data.load("cifar10", where)[0][0], x)  # the folder itself may be the root
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("arbitrary code ran",)
+
+
+def test_cifar10_never_runs_code(tmp_path, capsys):
+    files = dict(python_files()) | {"data_batch_3": pickle.dumps({b"data": Evil(), b"labels": [1]})}
+    archive(tmp_path, "python", files.items())
+    with pytest.raises(data.DataError, match=r"data_batch_3 of .*damaged \(refused to load .*print"):
+        data.load("cifar10", tmp_path)
+    assert "arbitrary" not in capsys.readouterr().out
+
+
+def test_cifar10_missing(tmp_path):
+    with pytest.raises(data.DataError, match=r"no CIFAR-10 in .*cifar-10-python.tar.gz or cifar-10-binary.tar.gz"):
+        data.load("cifar10", tmp_path)
+    with pytest.raises(data.DataError, match="pass --root"):
+        data.load("cifar10")
+    archive(tmp_path, "python", list(python_files())[:-1])
+    with pytest.raises(data.DataError, match="test_batch"):
+        data.load("cifar10", tmp_path)
+    folder = unpacked(tmp_path, "binary", list(binary_files())[:-1])
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    with pytest.raises(data.DataError, match=f"cannot read {folder}.*test_batch.bin: No such file"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_cifar10_cut_off(tmp_path, version, keep):
+    path = archive(tmp_path, version, FILES[version]())
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(data.DataError, match=r"cifar-10-.*(damaged|is not the CIFAR-10 archive)"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_cifar10_damaged_content(tmp_path, version):
+    wrong = batches()
+    wrong[2] = (wrong[2][0], wrong[2][1] + 5)  # labels 10 to 14
+    archive(tmp_path, version, FILES[version](wrong))
+    with pytest.raises(data.DataError, match=r"data_batch_3.* labels 0 to 9"):
+        data.load("cifar10", tmp_path)
+    files = dict(FILES[version]())
+    name = next(iter(files))
+    for damage in (files[name][:-1], b"", b"not it"):
+        archive(tmp_path, version, (files | {name: damage}).items())
+        with pytest.raises(data.DataError, match="data_batch_1"):
+            data.load("cifar10", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- the sweep
+
+SMALL = ["--widths", "8", "16", "--lrs", "0.1", "0.2", "--rhos", "0.1", "0.3", "--seeds", "2", "--slice-seeds", "1"]
+
+
+def test_sweep_resumes_and_reports(tmp_path, capsys):
+    command = [*SMALL, "--epochs", "1", "--out", str(tmp_path)]
+    assert transfer.main(command) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "transfer_mnist1d.jsonl"
+    rows = path.read_text().splitlines()
+    grid = (
+        2 * 2 * 2 * 2 * 5 + 2 * 2 * 2 * 2
+    )  # width lr rho seed x 5 methods, width lr seed x SGD in 2 parameterizations
+    in_between = 5 * 2  # the quarter decade 0.178 at the best lr
+    assert len(rows) == len(set(rows)) == grid + in_between
+    assert all(method in printed for method in transfer.METHODS) and (tmp_path / "transfer_mnist1d.png").exists()
+    table = json.loads((tmp_path / "transfer_mnist1d.json").read_text())["rows"]
+    assert [(r["method"], r["width"]) for r in table] == [(m, w) for m in transfer.METHODS for w in (8, 16)]
+    assert all(r["regret"] == 0 for r in table if r["width"] == 8) and all(r["regret"] >= 0 for r in table)
+    # Interrupted in the middle of a line: that run and the missing ones are trained again, no other.
+    path.write_text("\n".join(rows[:-3]) + "\n" + rows[-3][:40])
+    assert transfer.main(command) == 0
+    capsys.readouterr()
+    again = path.read_text().splitlines()
+
+    def keyed(lines):
+        return {tuple(json.loads(x)[k] for k in transfer.Run._fields): json.loads(x)["best"] for x in lines}
+
+    assert again[:-3] == rows[:-3] and keyed(again) == keyed(rows), "a run is reproducible"
+    assert transfer.main([*command, "--report"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_sweep_trains_what_it_says(tmp_path):
+    """Two runs of one epoch against a loop written here."""
+    (x, y), (x_test, y_test) = data.load("mnist1d")
+    for method, rho_l in (("muP²", (16 * 0.1, 0.1, 0.1 / 16)), ("muP-global", (0.1 / 4,) * 3)):
+        row = transfer.train(transfer.Run("mnist1d", method, 16, 0.2, 0.1, 3, 1), None, "cpu")
+        torch.manual_seed(3)
+        shapes = [torch.empty(16, 40), torch.empty(16, 16), torch.empty(10, 16)]
+        for w in shapes:  # what nn.Linear draws and init_ replaces
+            torch.nn.init.kaiming_uniform_(w, a=5**0.5)
+        for w in (torch.empty(1, 40), torch.empty(1, 1), torch.empty(10, 1)):
+            torch.nn.init.kaiming_uniform_(w, a=5**0.5)
+        weights = [
+            w.normal_(0, s).requires_grad_() for w, s in zip(shapes, ((2 / 40) ** 0.5, (2 / 16) ** 0.5, 2**0.5 / 16))
+        ]
+        scaling = (4.0, 0.25, 1 / 64) if method == "muP²" else (1.0, 1.0, 1.0)  # n^(-d_l)
+
+        def gradients(x, y, weights):
+            h = (x @ weights[0].T).relu()
+            f = (h @ weights[1].T).relu() @ weights[2].T
+            return f, torch.autograd.grad(torch.nn.functional.cross_entropy(f, y), weights) if y is not None else None
+
+        order = torch.randperm(4000, generator=torch.Generator().manual_seed(3))
+        for batch in order.split(64):
+            _, g = gradients(x[batch], y[batch], weights)
+            norm = sum((s * v.double().norm()) ** 2 for s, v in zip(scaling, g)) ** 0.5
+            climbed = [(w + r * v / norm).detach().requires_grad_() for w, r, v in zip(weights, rho_l, g)]
+            _, g = gradients(x[batch], y[batch], climbed)
+            weights = [
+                (w - lr * v).detach().requires_grad_() for w, lr, v in zip(weights, (16 * 0.2, 0.2, 0.2 / 16), g)
+            ]
+        f, _ = gradients(x_test, None, weights)
+        accuracy = 100 * (f.argmax(1) == y_test).float().mean().item()
+        assert row["best"] == row["last"] == pytest.approx(accuracy, abs=0.3)  # rounding may flip a sample or two
+
+
+def test_sweep_on_cifar10(tmp_path, capsys):
+    archive(tmp_path, "python", python_files())
+    command = ["--data", "cifar10", "--out", str(tmp_path), "--epochs", "1", "--methods", "muP²", *SMALL]
+    assert transfer.main([*command, "--root", str(tmp_path)]) == 0
+    assert "| muP² | 16 |" in capsys.readouterr().out
+    assert transfer.main([*command, "--root", str(tmp_path / "nowhere")]) == 2
+    assert "error: no CIFAR-10 in" in capsys.readouterr().err
+
+
+def test_a_diverging_run_is_recorded(tmp_path):
+    row = transfer.train(transfer.Run("mnist1d", "SP-naive", 64, 1e9, 0.1, 0, 3), None, "cpu")
+    assert row["finished"] < 3 and row["best"] <= 20
