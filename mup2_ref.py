@@ -413,12 +413,11 @@ def normalizer(w: Tensor, variant: str) -> Tensor | float:
 
 def joint_norm(weights: list[Tensor], gradients: list[Tensor], scalings: list[float], variant: str) -> Tensor:
     """sqrt(sum_l (gradnorm_scaling_l ||T g_l||_F)²), a float64 scalar: neither overflows nor loses small terms."""
-    device = weights[0].device
     norms = [
-        s * torch.linalg.vector_norm(_wide(g) * normalizer(_wide(w), variant), dtype=torch.float64).to(device)
+        s * torch.linalg.vector_norm(_wide(g) * normalizer(_wide(w), variant), dtype=torch.float64)
         for w, g, s in zip(weights, gradients, scalings)
     ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms])) if norms else torch.tensor(0.0)
 
 
 def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
@@ -506,16 +505,14 @@ class SAM(torch.optim.Optimizer):
                     )
                 if group["perturb"]:
                     perturbed.append((p, p.grad, group))
-        self._finite, self._backup = True, []
-        if perturbed:
-            weights, gradients, groups = zip(*perturbed)
-            norm = joint_norm(weights, gradients, [g["gradnorm_scaling"] for g in groups], self.variant)
-            self._finite = bool(torch.isfinite(norm))
-        if perturbed and self._finite:
-            self._backup = [(w, w.clone()) for w in weights]
-            with self._restored_on_error():
-                for w, g, group in perturbed:
-                    perturb_(w, g, group["rho"] / (norm + self.EPS), self.variant)
+        weights, gradients, groups = zip(*perturbed) if perturbed else ((), (), ())
+        norm = joint_norm(weights, gradients, [g["gradnorm_scaling"] for g in groups], self.variant)
+        finite = bool(norm.isfinite())
+        backup = [(w, w.clone()) for w in weights] if finite else []
+        self._finite, self._backup = finite, backup  # from here on restore() brings every weight back
+        with self._restored_on_error():
+            for w, g, group in perturbed if finite else ():
+                perturb_(w, g, group["rho"] / (norm + self.EPS), self.variant)
         if zero_grad:
             self.zero_grad()
 

@@ -2,13 +2,13 @@
 
     python experiments/transfer.py                        the committed results: widths 128, 256, 512 on MNIST-1D
     python experiments/transfer.py --demo                 a reduced sweep, five minutes on two cores
-    python experiments/transfer.py --report               only table and figure, from the runs that are there
     python experiments/transfer.py --data cifar10 --root DIR --device cuda --widths 256 1024 4096 --epochs 20
 
 A 3-layer ReLU MLP without biases is trained with SGD at batch size 64 and constant learning rate; what counts is the
 best test accuracy of all epochs (as in the paper). Base width 1: widths enter as in Definition 4, absolutely. First a
-grid lr x rho at every width, then a slice over rho at each width's best lr with finer steps and more seeds. Every
-finished run is appended to OUT/NAME.jsonl; the same command continues where it was interrupted.
+grid lr x rho at every width, then a slice over rho at each width's best lr with finer steps and more seeds, then the
+narrowest width's best (lr, rho) at the others. Every finished run is appended to OUT/NAME.jsonl: the same command goes
+on where it was interrupted, and only draws and prints where nothing is missing.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -154,67 +155,90 @@ def _cost(run: Run) -> int:
 
 
 class Results:
-    """Mean best-epoch accuracy by (method, width, lr, rho), over the seeds that are there."""
+    """Best-epoch accuracies of the finished runs, and what follows from them.
+
+    The best lr of a width is the grid's, by the mean over args.seeds; the best rho is the slice's at that lr, by the
+    mean over all seeds that all of its points have. What the narrowest width's best (lr, rho) gives elsewhere counts too.
+    """
 
     def __init__(self, runs: dict[Run, dict], args: argparse.Namespace) -> None:
-        self.widths, self.methods, self.accuracy = args.widths, args.methods, {}
-        for run, row in sorted(runs.items()):
-            if (run.data, run.epochs) == (args.data, args.epochs) and run.width in args.widths:
-                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), []).append(row["best"])
+        self.args = args
+        self.accuracy: dict[tuple, dict[int, float]] = {}  # (method, width, lr, rho) -> seed -> best accuracy
+        for run, row in runs.items():
+            if (run.data, run.epochs) == (args.data, args.epochs):
+                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), {})[run.seed] = row["best"]
 
-    def mean(self, method: str, width: int, lr: float, rho: float) -> float:
-        if rho == 0:
-            method = SGD[METHODS[method].parameterization]
-        return statistics.fmean(self.accuracy[method, width, lr, rho])
+    def values(self, method: str, width: int, lr: float, rho: float) -> list[float]:
+        """Over the seeds of the slice (of the grid, if there is none); rho 0 is SGD."""
+        name = method if rho else SGD[METHODS[method].parameterization]
+        by_seed = self.accuracy.get((name, width, lr, rho), {})
+        return [by_seed[seed] for seed in sorted(by_seed) if seed < max(self.args.seeds, self.args.slice_seeds)]
 
-    def grid(self, method: str, width: int, sgd: bool = False) -> dict[tuple[float, float], float]:
-        """Mean accuracy by (lr, rho)."""
-        name = SGD[METHODS[method].parameterization] if sgd else method
-        return {key[2:]: statistics.fmean(v) for key, v in self.accuracy.items() if key[:2] == (name, width)}
+    def mean(self, *point) -> float:
+        return statistics.fmean(self.values(*point))
 
-    def best(self, method: str, width: int, sgd: bool = False) -> tuple[float, float]:
-        grid = self.grid(method, width, sgd)
-        return max(grid, key=grid.get)
+    def grid(self, method: str, width: int, rhos: tuple[float, ...]) -> dict[tuple[float, float], float]:
+        """Mean accuracy by (lr, rho) over the seeds of the grid."""
+        name = method if rhos != (0.0,) else SGD[METHODS[method].parameterization]
+        points = {(lr, rho): self.accuracy[name, width, lr, rho] for lr in self.args.lrs for rho in rhos}
+        return {key: statistics.fmean(v[seed] for seed in range(self.args.seeds)) for key, v in points.items()}
 
-    def slice(self, method: str, width: int) -> list[tuple[float, float, float, int]]:
-        """(rho, mean, standard deviation, seeds) at the width's best lr."""
-        lr, _ = self.best(method, width)
-        rows = [(k[3], v) for k, v in self.accuracy.items() if k[:3] == (method, width, lr)]
-        return [
-            (rho, statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v)) for rho, v in sorted(rows)
-        ]
+    def best_lr(self, method: str, width: int, sgd: bool = False) -> float:
+        grid = self.grid(method, width, (0.0,) if sgd else grid_rhos(method, self.args))
+        return max(grid, key=grid.get)[0]
+
+    def slice(self, method: str, width: int) -> dict[float, list[float]]:
+        """rho -> accuracies over seeds, at the width's best lr."""
+        lr = self.best_lr(method, width)
+        points = {rho: self.values(method, width, lr, rho) for rho in slice_rhos(method, self.args)}
+        return {rho: values for rho, values in points.items() if values}
+
+    def best(self, method: str, width: int) -> tuple[float, float]:
+        """The best (lr, rho) of the slice."""
+        points = self.slice(method, width)
+        return self.best_lr(method, width), max(points, key=lambda rho: statistics.fmean(points[rho]))
 
     def largest_stable_rho(self, method: str, width: int) -> float:
-        lr, _ = self.best(method, width)
-        stable = [r for r, mean, *_ in self.slice(method, width) if mean >= self.mean(method, width, lr, 0) - COLLAPSE]
-        return max(stable, default=0.0)
+        sgd = self.mean(method, width, self.best_lr(method, width), 0.0)
+        points = self.slice(method, width)
+        return max((rho for rho, v in points.items() if statistics.fmean(v) >= sgd - COLLAPSE), default=0.0)
 
     def table(self) -> list[dict]:
         rows = []
-        for method, width in itertools.product(self.methods, self.widths):
-            lr, rho = self.best(method, width)
-            sgd_lr, _ = self.best(method, width, sgd=True)
-            accuracies = self.accuracy[method, width, lr, rho]
-            sgd = self.accuracy[SGD[METHODS[method].parameterization], width, sgd_lr, 0]
-            narrow = self.best(method, min(self.widths))
+        for method, width in itertools.product(self.args.methods, self.args.widths):
+            narrow, here = self.best(method, min(self.args.widths)), self.best(method, width)
+            lr, rho = max((here, narrow), key=lambda point: self.mean(method, width, *point))
+            sgd_lr = self.best_lr(method, width, sgd=True)
+            sam, sgd = self.values(method, width, lr, rho), self.values(method, width, sgd_lr, 0.0)
             rows.append(
                 {
                     "method": method,
                     "width": width,
                     "lr": lr,
                     "rho": rho,
-                    "accuracy": statistics.fmean(accuracies),
-                    "std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-                    "seeds": len(accuracies),
+                    "accuracy": statistics.fmean(sam),
+                    "std": statistics.stdev(sam) if len(sam) > 1 else 0.0,
+                    "seeds": len(sam),
                     "sgd_lr": sgd_lr,
                     "sgd": statistics.fmean(sgd),
                     "sgd_std": statistics.stdev(sgd) if len(sgd) > 1 else 0.0,
-                    "gain": statistics.fmean(accuracies) - statistics.fmean(sgd),
-                    "regret": statistics.fmean(accuracies) - self.mean(method, width, *narrow),
+                    "gain": statistics.fmean(sam) - statistics.fmean(sgd),
+                    "regret": statistics.fmean(sam) - self.mean(method, width, *narrow),
                     "largest_stable_rho": self.largest_stable_rho(method, width),
                 }
             )
         return rows
+
+
+def grid_rhos(method: str, args: argparse.Namespace) -> tuple[float, ...]:
+    return tuple(args.rhos or METHODS[method].rhos[slice(1, 4) if args.demo else slice(None)])
+
+
+def slice_rhos(method: str, args: argparse.Namespace) -> list[float]:
+    """The grid's radii, and the quarter decades in between if there is a slice."""
+    rhos = grid_rhos(method, args)
+    between = [r for r in QUARTER_DECADES if min(rhos) < r < max(rhos)] if args.slice_seeds else []
+    return sorted({*rhos, *between})
 
 
 def format_table(rows: list[dict]) -> str:
@@ -255,37 +279,33 @@ def plot(results: Results, path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = plt.get_cmap("viridis")(
-        [0.1 + 0.75 * i / max(1, len(results.widths) - 1) for i in range(len(results.widths))]
-    )
-    methods = results.methods
+    args, methods, low, high = results.args, results.args.methods, 100.0, 0.0
+    colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(args.widths)))
     figure, axes = plt.subplots(2, len(methods), figsize=(3.1 * len(methods), 6), squeeze=False, layout="constrained")
     for column, method in enumerate(methods):
         top, bottom = axes[:, column]
-        for color, width in zip(colors, results.widths):
-            grid = results.grid(method, width)
-            lrs = sorted({lr for lr, _ in grid})
-            rhos = sorted(rho for rho in {rho for _, rho in grid} if all((lr, rho) in grid for lr in lrs))
-            best = max(grid.values())
-            if len(lrs) > 1 and len(rhos) > 1:
-                z = [[grid[lr, rho] for rho in rhos] for lr in lrs]
-                top.contour(rhos, lrs, z, levels=[best - 3, best - 1.5], colors=[color], linestyles=[":", "-"])
+        rhos = grid_rhos(method, args)
+        for color, width in zip(colors, args.widths):
+            grid = results.grid(method, width, rhos)
+            if len(args.lrs) > 1 and len(rhos) > 1:
+                z = [[grid[lr, rho] for rho in rhos] for lr in args.lrs]
+                levels = [max(grid.values()) - 3, max(grid.values()) - 1.5]
+                top.contour(rhos, args.lrs, z, levels=levels, colors=[color], linestyles=[":", "-"])
             lr, rho = results.best(method, width)
             top.plot(rho, lr, "*", color=color, markersize=13, markeredgecolor="white")
             points = results.slice(method, width)
-            x, mean, std = [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
-            bottom.plot(x, mean, "-o", color=color, markersize=3, label=f"width {width}")
-            bottom.fill_between(
-                x, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], color=color, alpha=0.2
-            )
-            sgd_lr, _ = results.best(method, width, sgd=True)
-            bottom.axhline(results.mean(method, width, sgd_lr, 0), color=color, linestyle="--", linewidth=1)
+            mean = np.array([statistics.fmean(v) for v in points.values()])
+            std = np.array([statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()])
+            bottom.plot(list(points), mean, "-o", color=color, markersize=3, label=f"width {width}")
+            bottom.fill_between(list(points), mean - std, mean + std, color=color, alpha=0.2)
+            sgd = results.mean(method, width, results.best_lr(method, width, sgd=True), 0.0)
+            bottom.axhline(sgd, color=color, linestyle="--", linewidth=1)
+            low, high = min(low, sgd), max(high, mean.max())
         top.set(title=method, xscale="log", yscale="log")
         bottom.set(xscale="log", xlabel="rho")
         bottom.sharex(top)
-    values = [mean for m in methods for w in results.widths for _, mean, *_ in results.slice(m, w)]
     for axis in axes[1]:
-        axis.set_ylim(max(min(values), max(values) - 20) - 1, max(values) + 2)
+        axis.set_ylim(low - 5, high + 2)  # collapsed radii fall out of the picture
     axes[0][0].set_ylabel("lr\n★ best, solid: 1.5 points below it, dotted: 3")
     axes[1][0].set_ylabel("test accuracy % at the best lr\nband: std over seeds, dashed: SGD")
     axes[1][-1].legend(loc="lower left", fontsize=8)
@@ -312,7 +332,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="of the result files; default transfer_DATA")
     parser.add_argument("--demo", action="store_true", help="a reduced sweep")
-    parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     args.widths = sorted(set(args.widths))
     if args.demo:
@@ -334,26 +353,22 @@ def main(argv: list[str] | None = None) -> int:
     def run(method: str, width: int, lr: float, rho: float, seed: int) -> Run:
         return Run(args.data, method, width, lr, rho, seed, args.epochs)
 
-    runs = read_runs(path)
-    if not args.report:
-        sgd = {SGD[METHODS[m].parameterization]: (0.0,) for m in args.methods}
-        rhos = {m: args.rhos or METHODS[m].rhos[slice(1, 4) if args.demo else slice(None)] for m in args.methods} | sgd
-        grid = [
-            run(m, w, lr, rho, seed)
-            for seed, m, w, lr in itertools.product(range(args.seeds), rhos, args.widths, args.lrs)
-            for rho in rhos[m]
-        ]
-        runs = sweep(grid, path, args, "grid")
-        results = Results({r: runs[r] for r in grid}, args)
-        cut = []
-        for m, w in itertools.product(args.methods, args.widths):
-            lr, _ = results.best(m, w)
-            sgd_lr, _ = results.best(m, w, sgd=True)
-            steps = [r for r in QUARTER_DECADES if min(rhos[m]) <= r * 1.01 and r <= max(rhos[m]) * 1.01]
-            for seed in range(args.slice_seeds):
-                cut += [run(m, w, lr, rho, seed) for rho in steps]
-                cut += [run(SGD[METHODS[m].parameterization], w, x, 0.0, seed) for x in (lr, sgd_lr)]
-        runs = sweep(cut, path, args, "slice")
+    def all_seeds(points: list[tuple]) -> list[Run]:
+        return [run(*point, seed) for seed in range(max(args.seeds, args.slice_seeds)) for point in points]
+
+    pairs = list(itertools.product(args.methods, args.widths))
+    sgd = dict.fromkeys(SGD[METHODS[m].parameterization] for m in args.methods)
+    grid = [(m, w, lr, rho) for m, w in pairs for lr in args.lrs for rho in grid_rhos(m, args)]
+    grid += [(m, w, lr, 0.0) for m in sgd for w in args.widths for lr in args.lrs]
+    runs = sweep([run(*point, seed) for seed in range(args.seeds) for point in grid], path, args, "grid")
+    results = Results(runs, args)
+    cut = [(m, w, results.best_lr(m, w), rho) for m, w in pairs for rho in slice_rhos(m, args)]
+    for m, w in pairs:
+        lrs = {results.best_lr(m, w), results.best_lr(m, w, sgd=True)}
+        cut += [(SGD[METHODS[m].parameterization], w, lr, 0.0) for lr in lrs]
+    runs = sweep(all_seeds(cut), path, args, "slice")
+    results = Results(runs, args)
+    runs = sweep(all_seeds([(m, w, *results.best(m, min(args.widths))) for m, w in pairs]), path, args, "transfer")
     results = Results(runs, args)
     rows = results.table()
     summary = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "rows": rows}

@@ -1,6 +1,7 @@
 """Data sets, damaged and missing ones too, and the sweep: that it resumes, reports and trains the real methods."""
 
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -142,7 +143,7 @@ def test_cifar10_damaged_content(tmp_path, version):
 
 # --------------------------------------------------------------------------------------------------- the sweep
 
-SMALL = ["--widths", "8", "16", "--lrs", "0.1", "0.2", "--rhos", "0.1", "0.3", "--seeds", "2", "--slice-seeds", "1"]
+SMALL = ["--widths", "8", "16", "--lrs", "0.1", "0.2", "--rhos", "0.1", "0.3", "--seeds", "1", "--slice-seeds", "2"]
 
 
 def test_sweep_resumes_and_reports(tmp_path, capsys):
@@ -151,11 +152,13 @@ def test_sweep_resumes_and_reports(tmp_path, capsys):
     printed = capsys.readouterr().out
     path = tmp_path / "transfer_mnist1d.jsonl"
     rows = path.read_text().splitlines()
-    grid = (
-        2 * 2 * 2 * 2 * 5 + 2 * 2 * 2 * 2
-    )  # width lr rho seed x 5 methods, width lr seed x SGD in 2 parameterizations
-    in_between = 5 * 2  # the quarter decade 0.178 at the best lr
-    assert len(rows) == len(set(rows)) == grid + in_between
+    ran = [tuple(json.loads(row)[k] for k in ("method", "width", "lr", "rho", "seed")) for row in rows]
+    assert len(ran) == len(set(ran))
+    grid = itertools.product(transfer.METHODS, (8, 16), (0.1, 0.2), (0.1, 0.3), (0,))
+    assert {*grid, *itertools.product(transfer.SGD.values(), (8, 16), (0.1, 0.2), (0.0,), (0,))} <= set(ran)
+    for method, width in itertools.product(transfer.METHODS, (8, 16)):  # the slice: one lr, all seeds, finer steps
+        cut = [lr for lr in (0.1, 0.2) if (method, width, lr, 0.1778, 1) in ran]
+        assert cut and {(method, width, cut[0], rho, s) for rho in (0.1, 0.1778, 0.3) for s in (0, 1)} <= set(ran)
     assert all(method in printed for method in transfer.METHODS) and (tmp_path / "transfer_mnist1d.png").exists()
     table = json.loads((tmp_path / "transfer_mnist1d.json").read_text())["rows"]
     assert [(r["method"], r["width"]) for r in table] == [(m, w) for m in transfer.METHODS for w in (8, 16)]
@@ -170,8 +173,8 @@ def test_sweep_resumes_and_reports(tmp_path, capsys):
         return {tuple(json.loads(x)[k] for k in transfer.Run._fields): json.loads(x)["best"] for x in lines}
 
     assert again[:-3] == rows[:-3] and keyed(again) == keyed(rows), "a run is reproducible"
-    assert transfer.main([*command, "--report"]) == 0
-    assert capsys.readouterr().out == printed
+    assert transfer.main(command) == 0
+    assert capsys.readouterr().out == printed and path.read_text().splitlines() == again
 
 
 def test_sweep_trains_what_it_says(tmp_path):
