@@ -17,9 +17,9 @@ three roles input (l = 1), hidden (l = 2..L), output (l = L+1), a bcd-parameteri
     perturb    e_l = rho n^(-d) v_l / ||v||,   v_l = n^(-d_l) dL/dW_l,   ||v||² = sum_l ||v_l||_F²
 
 muP has b = (0, 1/2, 1), c = (-1, 0, 1); muP² adds d = -1/2, d_l = (-1/2, 1/2, 3/2). For any architecture the same
-reads: with r = (fan_out / fan_in) relative to a base model, learning rate and radius of a tensor are multiplied by r
-and its part of the norm by sqrt(r) (Appendix F.7, Algorithm 1). At the base width muP² is plain SAM: learning rate
-and rho that were tuned there are the ones to use at every other width.
+reads: with r = (fan_out / fan_in) relative to a base model, the radius of a tensor and SGD's learning rate (Adam's: 1 /
+fan_in) are multiplied by r, its part of the norm by sqrt(r) (Appendix F.7, Algorithm 1). At the base width muP² is
+plain SAM: learning rate and rho that were tuned there are the ones to use at every other width.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def exponents(
     gradient, t, effect = _raw(b, min(b[2], c[2]), variant)
     norm = _add(gradient, t)
     room = [effect[i] - norm[i] for i in active]
+    early = (1 - b[2], 1 - b[2], 0)  # what e_1..e_L do to f must stay bounded too
     if not isinstance(perturbation, str):
         d, dl = perturbation
         if len(dl) != 3:
@@ -123,7 +124,7 @@ def exponents(
         _check_name("perturbation", perturbation, PERTURBATIONS)
         d, dl = {
             "naive": (0, (0, 0, 0)),
-            "global": (max(effect[i] for i in active) - max(norm[i] for i in active), (0, 0, 0)),
+            "global": (max(effect[i] + early[i] for i in active) - max(norm[i] for i in active), (0, 0, 0)),
             "effective": (min(room), _add(effect, (-min(room),) * 3)),
             "balanced": (max(room), norm),
             "first-layer": (min(room), _add(effect, (-min(room),) * 3, (0, 1, 1))),
@@ -131,32 +132,27 @@ def exponents(
     return Exponents(b, c, tuple(dl), d, variant, tuple(perturbed))
 
 
-def predict(e: Exponents, at_init: bool = False) -> Prediction:
+def predict(exponents: Exponents, at_init: bool = False) -> Prediction:
     """Width exponents of gradient, update and perturbation effect, and the verdicts of Appendix F.1.
 
     at_init: before the first update the output weights are n^(-b_out), after it n^(-min(b_out, c_out)); this differs
     for the unstable "sp" only.
     """
-    c_grad = e.b[2] if at_init else min(e.b[2], e.c[2])
-    gradient, t, raw_effect = _raw(e.b, c_grad, e.variant)
-    active = [i for i, role in enumerate(ROLES) if role in e.perturbed]
-    contribution = [gradient[i] + t[i] - e.dl[i] for i in range(3)]
+    b, c, dl, d, variant, perturbed = exponents
+    c_grad = b[2] if at_init else min(b[2], c[2])
+    gradient, t, raw_effect = _raw(b, c_grad, variant)
+    active = [i for i, role in enumerate(ROLES) if role in perturbed]
+    contribution = [round(gradient[i] + t[i] - dl[i], 9) for i in range(3)]  # rounded: users add constants like 0.1
     norm = max(contribution[i] for i in active)
-    effect = tuple(raw_effect[i] - e.d - e.dl[i] - norm if i in active else -math.inf for i in range(3))
-    update = (-e.c[0] - c_grad, 1 - e.c[1] - c_grad, 1 - e.c[2])
+    effect = tuple(round(raw_effect[i] - d - dl[i] - norm, 9) if i in active else -math.inf for i in range(3))
+    update = (-c[0] - c_grad, 1 - c[1] - c_grad, 1 - c[2])
     r = -max(update[:2])
-    trains_stably = r >= 0 and e.c[2] >= 1 and e.b[2] + r >= 1
-    perturbs_stably = max(effect) <= 0 and e.b[2] - max(effect[:2]) >= 1  # the second: what e_1..e_L do to f
-    return Prediction(
-        gradient,
-        update,
-        effect,
-        r,
-        stable=trains_stably and perturbs_stably,
-        feature_learning=trains_stably and r == 0,
-        effective=tuple(ROLES[i] for i in active if effect[i] == 0),
-        dominating=tuple(ROLES[i] for i in active if contribution[i] == norm),
-    )
+    trains_stably = r >= 0 and c[2] >= 1 and b[2] + r >= 1
+    perturbs_stably = max(effect) <= 0 and b[2] - max(effect[:2]) >= 1
+    effective = tuple(ROLES[i] for i in active if effect[i] == 0)
+    dominating = tuple(ROLES[i] for i in active if contribution[i] == norm)
+    stable, learns = trains_stably and perturbs_stably, trains_stably and r == 0
+    return Prediction(gradient, update, effect, r, stable, learns, effective, dominating)
 
 
 # ---------------------------------------------------------- 2. roles and scales: the same for any architecture
@@ -183,6 +179,8 @@ def _fans(module: nn.Module, shape: torch.Size, width_dims: list[int]) -> tuple[
         return module.out_channels, shape.numel() // module.out_channels
     if isinstance(module, _MATRIX_MODULES) and len(shape) == 2:
         return shape[0], shape[1]
+    if isinstance(module, _NORM_MODULES):
+        return shape.numel(), 1
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return shape[1], 1  # one-hot input: every output coordinate is one weight
     if not width_dims:
@@ -199,18 +197,17 @@ def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.M
     ratios = [n / n0 if n0 else 1.0 for n, n0 in zip(p.shape, p0.shape)]
     width_dims = [i for i, ratio in enumerate(ratios) if ratio != 1]
     fans, fans0 = _fans(module, p.shape, width_dims), _fans(module0, p0.shape, width_dims)
-    if word in ("input", "output", "finite"):
-        fan_out, fan_in = math.prod(ratios) if word == "input" else 1.0, math.prod(ratios) if word == "output" else 1.0
-    elif word == "hidden" and p.ndim > 1:
-        fan_out, fan_in = ratios[0], math.prod(ratios[1:])
-    elif word is None and fans is not None:
-        fan_out, fan_in = fans[0] / fans0[0], fans[1] / fans0[1]
-    else:
+    if word not in (None, *ROLES, "finite") or (fans is None and word is None) or (word == "hidden" and p.ndim < 2):
         raise ValueError(
             f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in {type(module).__name__}"
             f", roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' (fan_in does not grow with the "
             "width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not grow) or 'finite'."
         )
+    fan_out, fan_in = (fans[0] / fans0[0], fans[1] / fans0[1]) if fans else (ratios[0], math.prod(ratios[1:]))
+    if word in ("input", "output", "finite"):  # what grows, grows on the side that the word names
+        grown_out, grown_in = (fan_out, fan_in) if word == "input" else (fan_in, fan_out)
+        grown = grown_out if grown_out != 1 else grown_in
+        fan_out, fan_in = {"input": (grown, 1.0), "output": (1.0, grown), "finite": (1.0, 1.0)}[word]
     role = word or ("finite", "output", "input", "hidden")[2 * (fan_out != 1) + (fan_in != 1)]
     drawn = p.ndim > 1 and isinstance(module, _MATRIX_MODULES)
     return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn else None)
@@ -236,6 +233,8 @@ def _tensors(model: nn.Module, base_model: nn.Module, roles: dict[str, str] | No
                 f"'{first}' ({found[first].role}) and '{name}' ({tensor.role}) are one tied tensor in two roles. Say "
                 f"which one counts: roles={{'{first}': '{found[first].role}'}}."
             )
+    if missing := base_params.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
+        raise ValueError(f"base_model has parameters that the model lacks: {sorted(missing)}")
     if unknown := set(roles) - set(found):
         raise ValueError(f"roles names parameters that the model does not have: {sorted(unknown)}")
     return found
@@ -282,9 +281,9 @@ def _perturbation_scales(
     return rho_factor, _scale(joint, t, width) / T**2
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """A normalization layer, by type; classes of other libraries (LlamaRMSNorm, LayerNorm2d) by their type's name."""
-    return isinstance(module, _NORM_MODULES) or "norm" in type(module).__name__.lower()
+def _in_norm(t: _Tensor) -> bool:
+    """Of a normalization layer, by type; vectors of other libraries' classes (LlamaRMSNorm) by their type's name."""
+    return isinstance(t.module, _NORM_MODULES) or ("norm" in type(t.module).__name__.lower() and t.param.ndim == 1)
 
 
 def param_groups(
@@ -306,14 +305,15 @@ def param_groups(
 
     base_model: the same architecture at the base width, where lr and rho were tuned; it may live on the meta device.
     A dimension that differs is a width dimension. At the base width every factor is 1.
-    weight_decay: lr * weight_decay is kept independent of the width. base_optimizer: "sgd" or "adam" (AdamW too).
-    norm: "decoupled" (Algorithm 1: every layer contributes Theta(1)) or "joint" (Definition 4); it concerns
-    perturbation="effective", the other ones are defined with the joint norm.
+    weight_decay: lr * weight_decay is kept independent of the width. base_optimizer: "sgd" or "adam" (AdamW).
+    norm, of perturbation="effective": "decoupled" (Algorithm 1: every layer contributes Theta(1) to the norm) or "joint"
+    (Definition 4: the numerator's n^(-d_l); as in the paper, take a base model of width 1 with it, as with a larger
+    one the norm changes its dominating layer on the way up). The other perturbations are defined with the joint norm.
     perturb: "all", "norm" (normalization layers, by module type: SAM-ON) or f(name, parameter) -> bool.
     roles: {parameter name: "input", "hidden", "output" or "finite"} where shapes and modules cannot tell.
 
-    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb; tensors that agree in all of
-    them share one. Raises ValueError for an ambiguous role, an unknown name, or models that differ in more than width.
+    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, variant; tensors that agree in
+    all of them share one. Raises ValueError for an ambiguous role, an unknown name, or models that differ in more than width.
     """
     _check_name("base_optimizer", base_optimizer, ("sgd", "adam"))
     _check_name("norm", norm, ("decoupled", "joint"))
@@ -325,7 +325,7 @@ def param_groups(
     perturbed = {
         name
         for name, t in tensors.items()
-        if (perturb(name, t.param) if callable(perturb) else perturb == "all" or _is_norm(t.module))
+        if (perturb(name, t.param) if callable(perturb) else perturb == "all" or _in_norm(t))
     }
     if not perturbed:
         raise ValueError(f"perturb={perturb!r} selects no trainable parameter")
@@ -351,6 +351,7 @@ def param_groups(
             "rho": rho * rho_factor,
             "gradnorm_scaling": norm_factor,
             "perturb": name in perturbed,
+            "variant": variant,
         }
         group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
         group["params"].append(t.param)
@@ -411,11 +412,11 @@ def normalizer(w: Tensor, variant: str) -> Tensor | float:
     return w.abs() if variant == "elementwise" else torch.linalg.vector_norm(w, dtype=torch.float64)
 
 
-def joint_norm(weights: list[Tensor], gradients: list[Tensor], scalings: list[float], variant: str) -> Tensor:
-    """sqrt(sum_l (gradnorm_scaling_l ||T g_l||_F)²), a float64 scalar: neither overflows nor loses small terms."""
+def joint_norm(tensors: list[tuple[Tensor, Tensor, float]], variant: str) -> Tensor:
+    """sqrt(sum_l (s_l ||T g_l||)²) of (w_l, g_l, s_l), a float64 scalar: neither overflows nor loses small terms."""
     norms = [
         s * torch.linalg.vector_norm(_wide(g) * normalizer(_wide(w), variant), dtype=torch.float64)
-        for w, g, s in zip(weights, gradients, scalings)
+        for w, g, s in tensors
     ]
     return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms])) if norms else torch.tensor(0.0)
 
@@ -446,7 +447,8 @@ class SAM(torch.optim.Optimizer):
     perturbs nothing and makes the following update a no-op, counted in skipped_steps. Weights are perturbed and
     restored in place, bit for bit, and whatever was perturbed is restored, with or without a second gradient.
     Momentum and learning rate live in this object, shared with .base_optimizer: schedulers, hooks, state_dict, deepcopy
-    and pickle see one optimizer. On a GPU each first_step reads one flag, and so waits for the device.
+    and pickle see one optimizer. GradScaler.step(sam) takes the place of second_step(); first_step() needs no
+    unscale_(), as e does not depend on the scale. On a GPU each first_step reads one flag, and so waits for the device.
     """
 
     EPS = 1e-12
@@ -464,13 +466,18 @@ class SAM(torch.optim.Optimizer):
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
             raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, not {base_optimizer!r}")
-        if issubclass(base_optimizer, torch.optim.LBFGS):
-            raise TypeError("LBFGS evaluates the loss inside its own step, where SAM cannot perturb; use another one")
+        if issubclass(base_optimizer, (torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.SparseAdam)):
+            raise TypeError(
+                f"{base_optimizer.__name__} cannot be the base: LBFGS evaluates the loss inside its step, Adadelta has a "
+                "rho of its own in its groups, SparseAdam takes sparse gradients only"
+            )
+        if base_kwargs.get("differentiable"):
+            raise ValueError("SAM changes weights in place and cannot be differentiable=True")
         _check_name("variant", variant, VARIANTS)
         self.variant, self.skip_nonfinite, self.skipped_steps = variant, skip_nonfinite, 0
         self._backup: list[tuple[Tensor, Tensor]] | None = None  # what is perturbed, and its weights before
         self._finite = True
-        own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True}
+        own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": variant}
         if not isinstance(params, Tensor):  # which torch refuses with a clear message
             params = [dict(p) if isinstance(p, dict) else p for p in params]
         super().__init__(params, own)
@@ -479,40 +486,50 @@ class SAM(torch.optim.Optimizer):
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises ValueError if rho or gradnorm_scaling is negative or not finite."""
-        for key in ("rho", "gradnorm_scaling"):
-            value = param_group.get(key, self.defaults[key])
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{key} must be finite and >= 0, not {value}")
+        """As in torch; raises ValueError for a bad rho or gradnorm_scaling, or groups made for another variant."""
+        if isinstance(param_group, dict):
+            group = self.defaults | param_group
+            if not (0 <= group["rho"] < math.inf and 0 < group["gradnorm_scaling"] < math.inf):
+                raise ValueError(
+                    f"rho must be finite and >= 0, not {group['rho']}; gradnorm_scaling must be finite and > 0, not "
+                    f"{group['gradnorm_scaling']} (perturb=False keeps a group out of perturbation and norm)"
+                )
+            self._check_variant(group)
         super().add_param_group(param_group)
 
+    def _check_variant(self, group: dict[str, Any]) -> None:
+        if group.get("variant", self.variant) != self.variant:
+            raise ValueError(
+                f"this group is scaled for variant {group['variant']!r}, but the optimizer's is {self.variant!r}: "
+                "give param_groups() and SAM() the same variant"
+            )
+
     # -- the two passes
+
+    def _require_restored(self, what: str) -> None:
+        if self._backup is not None:
+            raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {what}")
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb: w <- w + e. Raises RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
-        if self._backup is not None:
-            raise RuntimeError("first_step() was called twice; call second_step() (or restore()) before the next one")
-        perturbed = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided or p.grad.is_complex():
-                    raise RuntimeError(
-                        f"SAM takes dense real gradients, not this {'complex' if p.grad.is_complex() else 'sparse'} one of "
-                        f"shape {tuple(p.shape)}: use sparse=False in embeddings, torch.view_as_real for complex weights"
-                    )
-                if group["perturb"]:
-                    perturbed.append((p, p.grad, group))
-        weights, gradients, groups = zip(*perturbed) if perturbed else ((), (), ())
-        norm = joint_norm(weights, gradients, [g["gradnorm_scaling"] for g in groups], self.variant)
-        finite = bool(norm.isfinite())
-        backup = [(w, w.clone()) for w in weights] if finite else []
-        self._finite, self._backup = finite, backup  # from here on restore() brings every weight back
+        self._require_restored("the next first_step()")
+        perturbed = [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+        for p, _ in perturbed:
+            if p.grad.layout != torch.strided or p.grad.is_complex():
+                raise RuntimeError(
+                    f"SAM cannot perturb by a {'complex' if p.grad.is_complex() else 'sparse'} gradient (shape "
+                    f"{tuple(p.shape)}): use sparse=False in embeddings, torch.view_as_real for complex weights, or "
+                    "perturb=False"
+                )
+        norm = joint_norm([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], self.variant)
+        self._finite = bool(norm.isfinite())
+        perturbed = perturbed if self._finite else []
+        self._backup = [(p, p.detach().clone()) for p, _ in perturbed]
         with self._restored_on_error():
-            for w, g, group in perturbed if finite else ():
-                perturb_(w, g, group["rho"] / (norm + self.EPS), self.variant)
+            for p, group in perturbed:
+                rho = -group["rho"] if group.get("maximize") else group["rho"]  # climb in what is minimized
+                perturb_(p, p.grad, rho / (norm + self.EPS), self.variant)
         if zero_grad:
             self.zero_grad()
 
@@ -536,30 +553,39 @@ class SAM(torch.optim.Optimizer):
         Without closure this is second_step(). Raises RuntimeError when called in the wrong phase.
         """
         loss = None
-        if closure is not None:
-            if self._backup is not None:
-                raise RuntimeError("step(closure) was called after first_step(); call second_step() or restore() first")
-            if getattr(self, "found_inf", None) is not None:
-                raise RuntimeError("GradScaler cannot unscale inside a closure; use first_step() and scaler.step(opt)")
-            with torch.enable_grad():
-                loss = closure()
-            self.first_step()
-            with self._restored_on_error(), torch.enable_grad():
-                closure()
-        elif self._backup is None:
-            raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
-        self.restore()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if getattr(self, "grad_scale", None) is not None:  # GradScaler.step leaves this to us
-            for g in gradients:
-                g.div_(self.grad_scale.to(g.device))
-        overflow = getattr(self, "found_inf", None) is not None and self.found_inf.item() > 0
-        nonfinite = self.skip_nonfinite and not all(g.isfinite().all() for g in gradients)
-        if self._finite and not overflow and not nonfinite:
-            self.base_optimizer.step()
-        else:
-            self.skipped_steps += 1
+        with self._scaler() as (scale, found_inf):
+            if closure is not None:
+                self._require_restored("step(closure)")
+                if found_inf is not None:
+                    raise RuntimeError("GradScaler cannot unscale in a closure; use first_step() and scaler.step(opt)")
+                with torch.enable_grad():
+                    loss = closure()
+                self.first_step()
+                with self._restored_on_error(), torch.enable_grad():
+                    closure()
+            elif self._backup is None:
+                raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
+            self.restore()
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if scale is not None:
+                for g in gradients:
+                    g.div_(scale.to(g.device))
+            skip = not self._finite or (found_inf is not None and found_inf.item() > 0)
+            if skip or (self.skip_nonfinite and not all(g.isfinite().all() for g in gradients)):
+                self.skipped_steps += 1
+            else:
+                self.base_optimizer.step()
         return loss
+
+    @contextmanager
+    def _scaler(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """(grad_scale, found_inf) as GradScaler.step sets them; it does not remove them when the step fails."""
+        try:
+            yield getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        except BaseException:
+            vars(self).pop("grad_scale", None)
+            vars(self).pop("found_inf", None)
+            raise
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
@@ -573,20 +599,18 @@ class SAM(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and all groups; never a backup. RuntimeError between the passes."""
-        if self._backup is not None:
-            raise RuntimeError(
-                "weights are perturbed, so that a checkpoint would hold w + e; call second_step() or restore()"
-            )
+        self._require_restored("state_dict(), or a checkpoint would hold w + e")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of a SAM or of a bare base optimizer (rho and factors stay). RuntimeError between the passes."""
-        if self._backup is not None:
-            raise RuntimeError("weights are perturbed; call second_step() or restore() before load_state_dict()")
+        self._require_restored("load_state_dict()")
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):
-            saved = [{**mine, **theirs} for mine, theirs in zip(self.param_groups, saved)]
-        super().load_state_dict({**state_dict, "param_groups": saved})
+            saved = [mine | theirs for mine, theirs in zip(self.param_groups, saved)]
+        for group in saved:
+            self._check_variant(group)
+        super().load_state_dict(state_dict | {"param_groups": saved})
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base_optimizer", "variant", "skip_nonfinite", "skipped_steps", "_backup", "_finite")
@@ -654,7 +678,7 @@ def train(
 
 
 def main() -> None:
-    """What theory predicts for muP, what the groups of a small MLP are, and what each layer's perturbation does."""
+    """What theory predicts for muP, and the groups of an MLP."""
     print("Width exponents in muP of the perturbation's effect on each layer's output (0: effective, < 0: vanishes):")
     for name in PERTURBATIONS:
         e = exponents("mup", name)
@@ -664,25 +688,6 @@ def main() -> None:
     base = MLP(40, 128, 10)
     print("\nmuP² for an MLP of width 1024, tuned at width 128 with lr 0.1 and rho 0.1:")
     print(report(param_groups(MLP(40, 1024, 10), base, lr=0.1, rho=0.1)))
-
-    print("\nMeasured: spectral norm of each layer's perturbation / sqrt(fan_out / fan_in), times 1000")
-    torch.manual_seed(0)
-    x, y = torch.randn(256, 40), torch.randint(10, (256,))
-    for name in ("naive", "effective"):
-        for width in (128, 512, 2048):
-            model = init_(MLP(40, width, 10), base)
-            optimizer = SAM(param_groups(model, base, lr=0.1, rho=0.1, perturbation=name))
-            before = [w.detach().clone() for w in model.parameters()]
-            F.cross_entropy(model(x), y).backward()
-            optimizer.first_step()
-            sizes = [
-                1000 * torch.linalg.matrix_norm(w.detach() - w0, 2) * (w.shape[1] / w.shape[0]) ** 0.5
-                for w, w0 in zip(model.parameters(), before)
-            ]
-            optimizer.restore()
-            row = "  ".join(f"{role} {size:6.2f}" for role, size in zip(ROLES, sizes))
-            print(f"  {'SAM in muP' if name == 'naive' else 'muP²':<11} width {width:>4}   {row}")
-    print("With muP² the columns do not depend on the width; with one radius for all, they do.")
 
 
 if __name__ == "__main__":

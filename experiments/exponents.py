@@ -1,4 +1,4 @@
-"""Predicted and measured width exponents, for every row of Tables D.1, D.2, F.1 and 1 of the paper.
+"""Predicted and measured width exponents, for every row of Tables D.1, D.2, F.1 and 1 of the paper, and Algorithm 1.
 
     python experiments/exponents.py
 
@@ -9,7 +9,8 @@ when the earlier layers are perturbed too. The slope of the logarithm of the geo
 the measured exponent. Everything goes through mup2_ref.param_groups and mup2_ref.SAM, in float64 and with a radius so
 small that effects stay linear even where they grow with n. Labels come from a linear teacher and weights are drawn with
 gain 1, so that the error signal is mostly the labels' and not the random initial function's, which only adds noise.
-Table 1's SAM-ON rows have a LayerNorm before each ReLU.
+SAM-ON rows have a LayerNorm before each ReLU. Tables are measured with absolute widths (base width 1) and the joint norm
+of Definition 4, Algorithm 1 (A1) with its decoupled norm and base width 64.
 """
 
 import argparse
@@ -40,6 +41,8 @@ class Row(NamedTuple):
     perturbation: str | tuple
     variant: str = "sam"
     perturb: str = "all"
+    norm: str = "joint"
+    base_width: int = 1
 
     def exponents(self) -> mup2_ref.Exponents:
         perturbed = ("input",) if self.perturb == "norm" else ROLES  # gains and biases are input-like
@@ -57,11 +60,13 @@ def rows() -> list[Row]:
         for role in ROLES:  # this one alone makes up the norm: the others contribute n^(-1/2) to it
             dl = tuple(g if r == role else g + 0.5 for g, r in zip(gradient, ROLES))
             result.append(Row("F.1", f"d = {d:g}, {role} dominates", "mup", (d, dl)))
-    for variant, perturb in (("sam", "all"), ("sam", "norm"), ("elementwise", "all"), ("layerwise", "all")):
-        label = {"sam": "SAM", "elementwise": "elementwise ASAM", "layerwise": "layerwise ASAM"}[variant]
-        label = "SAM-ON" if perturb == "norm" else label
+    labels = {"sam": "SAM", "elementwise": "elementwise ASAM", "layerwise": "layerwise ASAM"}
+    kinds = [(label, variant, "all") for variant, label in labels.items()] + [("SAM-ON", "sam", "norm")]
+    for label, variant, perturb in kinds:
         for p in ("naive", "global", "effective"):
             result.append(Row("1", f"{label}, {'muP²' if p == 'effective' else p}", "mup", p, variant, perturb))
+    for label, variant, perturb in kinds:
+        result.append(Row("A1", f"{label}, muP², base width 64", "mup", "effective", variant, perturb, "decoupled", 64))
     return result
 
 
@@ -103,7 +108,7 @@ def measure(row: Row, width: int, seed: int) -> dict[str, list[float]]:
     x, probe, teacher = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     y = (x @ teacher).argmax(1)
     with_norm = row.perturb == "norm"
-    model, base = network(width, with_norm).double(), network(1, with_norm)
+    model, base = network(width, with_norm).double(), network(row.base_width, with_norm)
     mup2_ref.init_(model, base, parameterization=row.parameterization, gain=1.0)
     largest = max(0.0, *row.prediction().effect)
     groups = mup2_ref.param_groups(
@@ -114,7 +119,7 @@ def measure(row: Row, width: int, seed: int) -> dict[str, list[float]]:
         parameterization=row.parameterization,
         perturbation=row.perturbation,
         variant=row.variant,
-        norm="joint",
+        norm=row.norm,
         perturb=row.perturb,
     )
     optimizer = mup2_ref.SAM(groups, variant=row.variant)

@@ -45,7 +45,7 @@ METHODS = {
     "SP-naive": Method("sp", "naive", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
     "muP-naive": Method("mup", "naive", (0.0032, 0.01, 0.0316, 0.1, 0.3162)),
     "muP-global": Method("mup", "global", (0.0316, 0.1, 0.3162, 1.0, 3.1623)),
-    "muP²": Method("mup", "effective", (0.0316, 0.1, 0.1778, 0.3162, 0.5623)),
+    "muP²": Method("mup", "effective", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
     "SP-LP": Method("sp", "effective", (0.01, 0.0316, 0.1, 0.1778, 0.3162)),
 }
 SGD = {"sp": "SP-SGD", "mup": "muP-SGD"}
@@ -322,10 +322,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", help="folder of the CIFAR-10 archive")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 256, 512])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[0.1, 0.2, 0.4, 0.8])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.2, 0.4, 0.8])
     parser.add_argument("--rhos", nargs="+", type=float, help="one grid for all methods instead of each one's own")
-    parser.add_argument("--seeds", type=int, default=3, help="of the grid")
-    parser.add_argument("--slice-seeds", type=int, default=6, help="of the slice at the best lr; 0: no slice")
+    parser.add_argument("--seeds", type=int, default=2, help="of the grid")
+    parser.add_argument("--slice-seeds", type=int, default=4, help="of the slice at the best lr; 0: no slice")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--device", default="cpu")

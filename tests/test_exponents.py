@@ -28,6 +28,7 @@ def test_table_d2(name):
     k = min(b[2], c[2])  # c_nabla
     expected = {
         "naive": (0, (0, 0, 0)),
+        "global": (0.5, (0, 0, 0)),
         "effective": (-0.5, (0.5 - k, 1.5 - k, 1.5)),
         "balanced": (0.5, (0.5 - k, 1 - k, 0.5)),
         "first-layer": (-0.5, (0.5 - k, 2.5 - k, 2.5)),
@@ -103,7 +104,37 @@ def test_table_f1_regimes(d, dominating):
 
 def test_constant_in_dl_changes_nothing():
     e = exponents()
-    assert predict(e._replace(dl=tuple(x + 3 for x in e.dl))).effect == predict(e).effect
+    for constant in (0.1, 0.2, 0.3, 0.7, 3):
+        assert predict(e._replace(dl=tuple(x + constant for x in e.dl)))[2:] == predict(e)[2:]
+
+
+@pytest.mark.parametrize("parameterization", D1)
+@pytest.mark.parametrize("variant", ["sam", "elementwise", "layerwise"])
+def test_global_is_the_largest_stable_radius(parameterization, variant):
+    e = exponents(parameterization, "global", variant)
+    p, larger = predict(e), predict(e._replace(d=e.d - 0.1))
+
+    def stable(p):  # of the perturbation alone: sp does not train stably with any
+        return max(p.effect) <= 0 and e.b[2] - max(p.effect[:2]) >= 1
+
+    assert stable(p) and not stable(larger)
+    assert p.stable == (parameterization != "sp")
+
+
+@pytest.mark.parametrize("c, b, stable", [((-1, 0, 0.5), (0, 0.5, 1), False), ((0, 1, 1), (0, 0.5, 0.25), False)])
+def test_conditions_of_stability(c, b, stable):
+    """c_out >= 1: updates of the last layer; b_out + r >= 1: what the features' movement does to the output."""
+    assert predict(Exponents(b, c, (0, 0, 0), 10.0)).stable == stable
+
+
+def test_before_the_first_update_sp_has_small_output_weights():
+    assert predict(exponents("sp"), at_init=True).gradient == (0, 0.5, 0.5)
+    assert predict(exponents("sp")).gradient == (0.5, 1, 0.5)
+
+
+def test_global_of_a_subset():
+    assert exponents("mup", "global", "sam", ("input",)).d == -0.5
+    assert exponents("mup", "global", "sam", ("input", "hidden")).d == 0
 
 
 @pytest.mark.parametrize(
@@ -127,9 +158,12 @@ def test_unknown_names(kwargs, message):
         Row("D.2", "naive", "mup", "naive"),
         Row("D.2", "muP²", "mup", "effective"),
         Row("D.1", "ntp", "ntp", "global"),
+        Row("D.1", "sp", "sp", "naive"),
         Row("1", "elementwise", "mup", "effective", "elementwise"),
         Row("1", "layerwise", "mup", "effective", "layerwise"),
         Row("1", "SAM-ON", "mup", "effective", "sam", "norm"),
+        Row("A1", "decoupled", "mup", "effective", "sam", "all", "decoupled", 32),
+        Row("A1", "decoupled-elementwise", "mup", "effective", "elementwise", "all", "decoupled", 32),
     ],
     ids=lambda row: row.name,
 )

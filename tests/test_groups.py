@@ -60,6 +60,8 @@ class Raw(nn.Module):
         (lambda n: nn.ConvTranspose2d(n, 3, 2), {"weight": OUTPUT, "bias": FINITE}),
         (lambda n: nn.ConvTranspose2d(n, n, 2, groups=n), {"weight": INPUT, "bias": INPUT}),
         (lambda n: nn.Embedding(11, n), {"weight": INPUT}),
+        (lambda n: nn.EmbeddingBag(11, n), {"weight": INPUT}),
+        (lambda n: nn.LayerNorm([n, 4, 4]), {"weight": INPUT, "bias": INPUT}),
         (lambda n: nn.LayerNorm(n), {"weight": INPUT, "bias": INPUT}),
         (lambda n: nn.BatchNorm2d(n), {"weight": INPUT, "bias": INPUT}),
         (lambda n: nn.GroupNorm(2, n), {"weight": INPUT, "bias": INPUT}),
@@ -155,7 +157,7 @@ def test_at_the_base_width_it_is_plain_sam(perturbation, variant, norm):
         model, base, lr=0.1, rho=0.2, weight_decay=0.3, perturbation=perturbation, variant=variant, norm=norm
     )
     assert len(groups) == 1
-    settings = {k: v for k, v in groups[0].items() if k not in ("params", "names", "role")}
+    settings = {k: v for k, v in groups[0].items() if k not in ("params", "names", "role", "variant")}
     assert settings == dict(lr=0.1, rho=0.2, weight_decay=0.3, gradnorm_scaling=1.0, perturb=True)
     assert [id(p) for p in groups[0]["params"]] == [id(p) for p in model.parameters()]
 
@@ -189,6 +191,8 @@ def test_step_equals_algorithm_1_written_out(variant):
 
 def test_adam_learning_rates():
     model, base = pair(Block)
+    tall = nn.Linear(32, 80), nn.Linear(8, 10)
+    assert factors(*tall, base_optimizer="adam")["weight"][1] == 1 / M
     lr = {name: values[1] for name, values in factors(model, base, base_optimizer="adam").items()}
     assert lr.pop("head.weight") == lr.pop("attention.in_proj_weight") == lr.pop("attention.out_proj.weight") == 1 / M
     assert set(lr.values()) == {1.0}
@@ -204,6 +208,19 @@ def test_lr_times_weight_decay_is_width_independent(base_optimizer):
         assert g["lr"] * g["weight_decay"] == pytest.approx(0.1 * 0.05)
 
 
+@pytest.mark.parametrize("perturbation, d", [("naive", 0), ("global", 0.5)])
+@pytest.mark.parametrize("variant", ["sam", "elementwise", "layerwise"])
+def test_one_radius_for_all_also_for_biases(perturbation, variant, d):
+    model, base = pair(Block)
+    e = exponents("mup", perturbation, variant)
+    for _, _, rho, scaling in factors(model, base, perturbation=perturbation, variant=variant).values():
+        assert (rho, scaling) == pytest.approx((M**-e.d, 1))
+
+
+class NormalizedLinear(nn.Linear):
+    pass
+
+
 class RMSNorm(nn.Module):  # as other libraries write their own
     def __init__(self, n):
         super().__init__()
@@ -213,7 +230,9 @@ class RMSNorm(nn.Module):  # as other libraries write their own
 def test_sam_on_selects_normalization_layers_by_type():
     """In nn.Sequential the parameters' names say nothing about norms."""
     model, base = pair(
-        lambda n: nn.Sequential(nn.Conv2d(3, n, 3), nn.BatchNorm2d(n), nn.GroupNorm(2, n), RMSNorm(n), nn.Linear(n, 3))
+        lambda n: nn.Sequential(
+            nn.Conv2d(3, n, 3), nn.BatchNorm2d(n), nn.GroupNorm(2, n), RMSNorm(n), NormalizedLinear(n, 3, bias=False)
+        )
     )
     groups = by_name(param_groups(model, base, lr=1.0, rho=1.0, perturb="norm"))
     assert [n for n, g in groups.items() if g["perturb"]] == ["1.weight", "1.bias", "2.weight", "2.bias", "3.weight"]
@@ -269,6 +288,14 @@ def test_roles_settle_it(shape, role, expected):
     assert factors(model, base, roles={"w": role})["w"] == pytest.approx(expected)
 
 
+def test_a_word_keeps_what_the_module_tells_of_its_layout():
+    transposed = nn.ConvTranspose2d(32, 16, 2), nn.ConvTranspose2d(8, 8, 2)
+    assert factors(*transposed)["weight"] == factors(*transposed, roles={"weight": "hidden"})["weight"]
+    assert factors(*transposed)["weight"][2] == pytest.approx((16 / 8) / (32 / 8))
+    more_classes = nn.Linear(32, 100), nn.Linear(8, 10)
+    assert factors(*more_classes, roles={"weight": "output", "bias": "finite"})["weight"] == pytest.approx(OUTPUT)
+
+
 def test_wrong_roles():
     model, base = pair(lambda n: nn.Linear(n, 3))
     with pytest.raises(ValueError, match="does not have: .'wieght'"):
@@ -294,6 +321,8 @@ def test_tied_weights_need_a_word():
 
 
 def test_models_that_differ_in_more_than_width():
+    with pytest.raises(ValueError, match=r"base_model has parameters that the model lacks: \['layers.3.weight'\]"):
+        param_groups(MLP(5, WIDE, 3), MLP(5, BASE, 3, hidden_layers=3), lr=1, rho=1)
     with pytest.raises(ValueError, match=r"'layers.3.weight'.* has no counterpart in base_model"):
         param_groups(MLP(5, WIDE, 3, hidden_layers=3), MLP(5, BASE, 3), lr=1, rho=1)
 
@@ -329,6 +358,15 @@ def test_initial_scale(parameterization, output):
         found = list(std(init_(MLP(40, width, 10), base, parameterization=parameterization)).values())
         expected = [(2 / 40) ** 0.5, (2 / 64) ** 0.5 * m**-0.5, (2 / 64) ** 0.5 * m**-output]
         assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_initial_scale_of_layers_that_grow_unevenly():
+    """sqrt(1 / fan_in) min(1, sqrt(fan_out / fan_in)), all relative to the base."""
+    for (fan_out, fan_in), expected in {(64, 256): 16**-0.5 * (4 / 16) ** 0.5, (256, 64): 4**-0.5}.items():
+        model = init_(nn.Linear(fan_in, fan_out), nn.Linear(16, 16), gain=3.0)
+        assert model.weight.std().item() == pytest.approx(3 / 4 * expected, rel=0.05)
+        model = init_(nn.Linear(fan_in, fan_out), nn.Linear(16, 16), gain=3.0, parameterization="sp")
+        assert model.weight.std().item() == pytest.approx(3 / 4 * (fan_in / 16) ** -0.5, rel=0.05)
 
 
 def test_initialising_twice_is_the_same_as_once():
@@ -369,6 +407,9 @@ def test_zero_output():
     model, base = pair(Block)
     init_(model, base, zero_output=True)
     assert [name for name, p in model.named_parameters() if p.ndim == 2 and not p.any()] == ["head.weight"]
+    finite, narrow = pair(lambda n: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, n), nn.Linear(n, 2)))
+    init_(finite, narrow, zero_output=True)
+    assert finite[0].weight.any() and not finite[2].weight.any()
     with pytest.raises(ValueError, match=r"roles=\{'head.weight': 'output'\}"):
         init_(Block(BASE), base, zero_output=True)
     model = init_(Block(BASE), base, zero_output=True, roles={"head.weight": "output"})

@@ -343,7 +343,7 @@ def test_bf16_norm_is_accumulated_in_high_precision():
     import mup2_ref
 
     g = torch.randn(100_003).bfloat16()
-    norm = mup2_ref.joint_norm([torch.ones_like(g)], [g], [1.0], "sam")
+    norm = mup2_ref.joint_norm([(torch.ones_like(g), g, 1.0)], "sam")
     assert norm.item() == pytest.approx(g.double().norm().item(), rel=1e-6)
 
 
@@ -370,6 +370,17 @@ def test_exception_in_a_pass_leaves_the_weights_as_they_were(SAM, which):
     assert not equal(params, before)
 
 
+def test_skipped_steps_add_up_and_survive_copies(SAM):
+    params = parameters()
+    opt = SAM(params, rho=0.1, lr=0.1)
+    for _ in range(3):
+        set_gradients(params)
+        params[0].grad[0, 0] = math.nan
+        opt.first_step()
+        opt.second_step()
+    assert opt.skipped_steps == copy.deepcopy(opt).skipped_steps == 3
+
+
 def test_unperturbed_groups_stay_out_of_norm_and_perturbation(SAM):
     a, b = parameters(torch.float64, [(6,), (5,)])
     opt = SAM([{"params": [a]}, {"params": [b], "perturb": False}], rho=0.1, lr=0.1)
@@ -391,7 +402,7 @@ def test_unperturbed_groups_stay_out_of_norm_and_perturbation(SAM):
             st.sampled_from(DTYPES),
             st.sampled_from(["both", "first", "second", "none"]),
             st.floats(0, 3),  # rho
-            st.floats(0, 3),  # gradnorm_scaling
+            st.floats(0.1, 3),  # gradnorm_scaling
             st.booleans(),  # perturb
         ),
         min_size=1,
@@ -456,6 +467,76 @@ def test_phases(SAM):
         opt.second_step()
 
 
+def test_maximize_climbs_in_what_is_minimized(SAM):
+    w = nn.Parameter(torch.tensor([1.0]))
+    opt = SAM([w], rho=0.1, lr=0.0, maximize=True)
+    (-((w - 3) ** 2)).sum().backward()
+    opt.first_step()
+    assert w.item() == pytest.approx(0.9)  # the objective's worst point nearby is away from its maximum at 3
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("option", [{"foreach": True}, {"fused": True}, {"capturable": True}])
+def test_options_of_the_base_optimizer_pass_through(SAM, base, option):
+    if "capturable" in option and (base is torch.optim.SGD or not torch.cuda.is_available()):
+        return
+    mine = parameters()
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    a, b = SAM(mine, base, rho=0.1, lr=0.01, **option), SAM(theirs, base, rho=0.1, lr=0.01)
+    for _ in range(3):
+        a.step(closure_of(a, mine))
+        b.step(closure_of(b, theirs))
+    assert next(iter(option)) in a.base_optimizer.defaults
+    for p, q in zip(mine, theirs):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_learning_rate_that_is_a_tensor(SAM):
+    params = parameters()
+    opt = SAM(params, torch.optim.AdamW, rho=0.1, lr=torch.tensor(0.01))
+    before = snapshot(params)
+    opt.step(closure_of(opt, params))
+    assert not equal(params, before)
+
+
+def test_running_out_of_memory_while_climbing(SAM, monkeypatch):
+    """An error in the middle of the perturbation leaves no weight perturbed."""
+    import mup2_ref
+
+    params = parameters()
+    opt = SAM(params, rho=0.1, lr=0.1)
+    before, perturb_ = snapshot(params), mup2_ref.perturb_
+
+    def fails_at_the_last(w, *args):
+        if w is params[-1]:
+            raise MemoryError
+        perturb_(w, *args)
+
+    set_gradients(params)
+    monkeypatch.setattr(mup2_ref, "perturb_", fails_at_the_last)
+    with pytest.raises(MemoryError):
+        opt.first_step()
+    assert equal(params, before)
+    monkeypatch.undo()
+    opt.first_step()
+    assert not equal(params, before)
+
+
+def test_sparse_gradients_are_fine_where_nothing_is_perturbed(SAM):
+    embedding, head = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)
+    opt = SAM([{"params": embedding.parameters(), "perturb": False}, {"params": head.parameters()}], rho=0.1, lr=0.1)
+    before = snapshot(embedding.parameters())
+
+    def closure():
+        opt.zero_grad()
+        loss = head(embedding(torch.tensor([1, 2]))).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert not equal(embedding.parameters(), before)
+
+
 def test_sparse_and_complex_gradients(SAM):
     embedding = nn.Embedding(5, 3, sparse=True)
     opt = SAM(embedding.parameters(), rho=0.1, lr=0.1)
@@ -474,7 +555,7 @@ def test_sparse_and_complex_gradients(SAM):
 @pytest.mark.parametrize("key", ["rho", "gradnorm_scaling"])
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_bad_radius(SAM, key, value):
-    with pytest.raises(ValueError, match=f"{key} must be finite and >= 0"):
+    with pytest.raises(ValueError, match=f"{key} must be finite"):
         SAM([{"params": parameters(), key: value}], lr=0.1)
     if key == "rho":
         with pytest.raises(ValueError, match=key):
@@ -482,14 +563,22 @@ def test_bad_radius(SAM, key, value):
     opt = SAM(parameters(), lr=0.1)
     with pytest.raises(ValueError, match=key):
         opt.add_param_group({"params": parameters(), key: value})
+    with pytest.raises(ValueError, match="gradnorm_scaling must be finite and > 0"):  # 0 / 0 in the norm
+        opt.add_param_group({"params": parameters(), "gradnorm_scaling": 0})
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        opt.add_param_group(parameters())
+    assert len(opt.param_groups) == 1
 
 
 def test_bad_constructor_arguments(SAM):
     params = parameters()
     with pytest.raises(TypeError, match="a class such as torch.optim.SGD"):
         SAM(params, torch.optim.SGD(params, lr=0.1))
-    with pytest.raises(TypeError, match="LBFGS"):
-        SAM(params, torch.optim.LBFGS)
+    for base in (torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.SparseAdam):
+        with pytest.raises(TypeError, match=f"{base.__name__} cannot be the base"):
+            SAM(params, base)
+    with pytest.raises(ValueError, match="differentiable"):
+        SAM(params, lr=0.1, differentiable=True)
     with pytest.raises(ValueError, match="unknown variant 'asam'"):
         SAM(params, variant="asam", lr=0.1)
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -498,6 +587,17 @@ def test_bad_constructor_arguments(SAM):
         SAM(params[0], lr=0.1)
     with pytest.raises(ValueError, match="learning rate"):
         SAM(params, lr=-1.0)
+
+
+def test_groups_and_optimizer_must_agree_on_the_variant(SAM):
+    import mup2_ref
+
+    groups = mup2_ref.param_groups(mup2_ref.MLP(4, 8, 2), mup2_ref.MLP(4, 4, 2), lr=1, rho=1, variant="elementwise")
+    with pytest.raises(ValueError, match="scaled for variant 'elementwise', but the optimizer's is 'sam'"):
+        SAM(groups)
+    state = SAM(groups, variant="elementwise").state_dict()
+    with pytest.raises(ValueError, match="scaled for variant 'elementwise'"):
+        SAM([{"params": g["params"]} for g in groups], lr=0.1).load_state_dict(state)
 
 
 def test_groups_of_the_caller_are_not_changed(SAM):
@@ -719,3 +819,48 @@ def test_grad_scaler_with_a_closure_is_refused(SAM):
     scaler.scale(quadratic(params)).backward()
     with pytest.raises(RuntimeError, match="closure"):
         scaler.step(opt, closure_of(opt, params))
+    opt.step(closure_of(opt, params))  # and leaves nothing behind
+
+
+def test_grad_scaler_step_without_first_step_leaves_no_scale_behind(SAM):
+    params = parameters()
+    opt, scaler = SAM(params, rho=0.0, lr=0.1), torch.amp.GradScaler("cpu")
+    scaler.scale(quadratic(params)).backward()
+    with pytest.raises(RuntimeError, match="first_step"):
+        scaler.step(opt)
+    before = snapshot(params)
+    set_gradients(params)
+    gradients = [p.grad.clone() for p in params]
+    opt.first_step()
+    opt.second_step()
+    for p, w, g in zip(params, before, gradients):
+        torch.testing.assert_close(p, w - 0.1 * g)
+
+
+def test_clipping_with_a_grad_scaler_belongs_to_the_second_pass(SAM):
+    params = parameters(torch.float64)
+    reference = [nn.Parameter(p.detach().clone()) for p in params]
+    opt, plain = (SAM(x, rho=0.1, lr=0.01) for x in (params, reference))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(quadratic(params)).backward()
+    opt.first_step(zero_grad=True)
+    scaler.scale(quadratic(params)).backward()
+    scaler.unscale_(opt)
+    nn.utils.clip_grad_norm_(params, 0.5)
+    scaler.step(opt)
+    quadratic(reference).backward()
+    plain.first_step(zero_grad=True)
+    quadratic(reference).backward()
+    nn.utils.clip_grad_norm_(reference, 0.5)
+    plain.second_step()
+    for p, q in zip(params, reference):
+        torch.testing.assert_close(p, q)
+
+
+def test_bfloat16_weights_lose_most_of_a_small_perturbation(SAM):
+    """Why the README says to keep float32 weights under autocast."""
+    w = nn.Parameter((0.02 * torch.randn(1000, 1000)).bfloat16())
+    w.grad = torch.randn(1000, 1000).bfloat16()
+    before = w.detach().clone()
+    SAM([w], rho=0.05, lr=0.1).first_step()
+    assert (w != before).float().mean() < 0.5

@@ -1,0 +1,64 @@
+"""What the README says is so: its code runs, its links point at what they name, its numbers are the committed ones."""
+
+import ast
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import transfer
+
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "experiments" / "results"
+
+
+def test_usage_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    import mup2_ref
+
+    names = {
+        "Model": lambda width: mup2_ref.MLP(5, width, 3),
+        "loader": [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(2)],
+        "loss_function": torch.nn.functional.cross_entropy,
+    }
+    exec(code, names)
+    assert isinstance(names["opt"].base_optimizer, torch.optim.SGD) and len(names["groups"]) == 3
+    assert all("momentum_buffer" in state for state in names["opt"].state.values())
+
+
+def test_links_point_at_what_they_name():
+    tree = ast.parse((ROOT / "mup2_ref.py").read_text())
+    lines = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    first = {n: min([node.lineno, *(d.lineno for d in node.decorator_list)]) for n, node in lines.items()}
+    links = re.findall(r'\(mup2_ref\.py#L(\d+) "(\w+)"\)', README)
+    assert len(links) >= 10
+    assert [(int(line), name) for line, name in links] == [(first[name], name) for _, name in links]
+    for path in re.findall(r"\]\(([\w/.]+)(?:#L\d+)?[^)]*\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("word", ["make demo", "make test"])
+def test_commands_exist(word):
+    assert word in README and f"\n{word.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+def test_table_is_the_committed_one():
+    rows = json.loads((RESULTS / "transfer_mnist1d.json").read_text())["rows"]
+    assert transfer.format_table(rows) in README
+
+
+def test_exponents_are_the_committed_ones():
+    result = json.loads((RESULTS / "exponents.json").read_text())
+    assert f"{len(result['rows'])} rows" in README and f"{result['worst']:.3f}" in README
+    assert result["worst"] <= 0.1
+
+
+def test_committed_table_follows_from_the_committed_runs(tmp_path):
+    """Nobody edits the summary by hand."""
+    summary = json.loads((RESULTS / "transfer_mnist1d.json").read_text())
+    args = transfer.parse_args([])
+    vars(args).update({k: v for k, v in summary["args"].items() if k not in ("out",)})
+    rows = transfer.Results(transfer.read_runs(RESULTS / "transfer_mnist1d.jsonl"), args).table()
+    assert json.loads(json.dumps(rows)) == summary["rows"]
