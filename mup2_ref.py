@@ -312,8 +312,8 @@ def param_groups(
     perturb: "all", "norm" (normalization layers, by module type: SAM-ON) or f(name, parameter) -> bool.
     roles: {parameter name: "input", "hidden", "output" or "finite"} where shapes and modules cannot tell.
 
-    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, variant; tensors that agree in
-    all of them share one. Raises ValueError for an ambiguous role, an unknown name, or models that differ in more than width.
+    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, and where something is scaled the
+    variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name, or models that differ in more than width.
     """
     _check_name("base_optimizer", base_optimizer, ("sgd", "adam"))
     _check_name("norm", norm, ("decoupled", "joint"))
@@ -351,9 +351,10 @@ def param_groups(
             "rho": rho * rho_factor,
             "gradnorm_scaling": norm_factor,
             "perturb": name in perturbed,
-            "variant": variant,
         }
-        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
+        if (rho_factor, norm_factor) != (1, 1):
+            settings["variant"] = variant  # these factors hold for it alone; SAM checks
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": []} | settings)
         group["params"].append(t.param)
         group["names"].append(name)
     return list(groups.values())
@@ -405,6 +406,10 @@ def report(groups: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------- 3. the optimizer: functions of tensors
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def normalizer(w: Tensor, variant: str) -> Tensor | float:
     """T of the variant: 1 (sam), |w| (elementwise) or ||w||_F (layerwise), in the shape of w or a scalar."""
     if variant == "sam":
@@ -425,10 +430,6 @@ def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
     """w <- w + coefficient T² g: climb to the local maximum. Computed in float32 or wider and rounded once."""
     T = normalizer(_wide(w), variant)
     w.copy_(_wide(w) + _wide(g) * (T * T * coefficient.to(w.device)))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SAM(torch.optim.Optimizer):

@@ -225,6 +225,7 @@ class Results:
                     "gain": statistics.fmean(sam) - statistics.fmean(sgd),
                     "regret": statistics.fmean(sam) - self.mean(method, width, *narrow),
                     "largest_stable_rho": self.largest_stable_rho(method, width),
+                    "rho_edge": self.largest_stable_rho(method, width) == max(self.slice(method, width)),
                 }
             )
         return rows
@@ -252,7 +253,7 @@ def format_table(rows: list[dict]) -> str:
         sgd = f"{r['sgd']:.1f} ± {r['sgd_std']:.1f}"
         lines.append(
             f"| {r['method']} | {r['width']} | {r['lr']:g} | {r['rho']:.3g} | {accuracy} | {sgd} | {r['gain']:+.1f} "
-            f"| {r['regret']:.1f} | {r['largest_stable_rho']:.3g} |"
+            f"| {r['regret']:.1f} | {'≥ ' * r['rho_edge']}{r['largest_stable_rho']:.3g} |"
         )
     return "\n".join(lines)
 
@@ -331,7 +332,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="of the result files; default transfer_DATA")
-    parser.add_argument("--demo", action="store_true", help="a reduced sweep")
+    parser.add_argument("--demo", action="store_true", help="a reduced sweep: sets widths, methods, lrs and seeds")
     args = parser.parse_args(argv)
     args.widths = sorted(set(args.widths))
     if args.demo:

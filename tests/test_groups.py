@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import mup2_ref
 from mup2_ref import MLP, SAM, exponents, init_, param_groups, predict, report
 
 BASE, WIDE, M = 8, 32, 4
@@ -414,6 +415,13 @@ def test_zero_output():
         init_(Block(BASE), base, zero_output=True)
     model = init_(Block(BASE), base, zero_output=True, roles={"head.weight": "output"})
     assert not model.head.weight.any()
+
+
+def test_demonstration_of_the_reference(capsys):
+    mup2_ref.main()
+    printed = capsys.readouterr().out
+    assert "effective    d = -0.5   d_l = (-0.5, +0.5, +1.5)   input +0.0  hidden +0.0  output +0.0" in printed
+    assert "layers.2.weight  10x1024    output  0.0125" in printed
 
 
 def test_report():
