@@ -313,7 +313,8 @@ def param_groups(
     roles: {parameter name: "input", "hidden", "output" or "finite"} where shapes and modules cannot tell.
 
     Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, and where something is scaled the
-    variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name, or models that differ in more than width.
+    variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name, or
+    models that differ in more than width.
     """
     _check_name("base_optimizer", base_optimizer, ("sgd", "adam"))
     _check_name("norm", norm, ("decoupled", "joint"))
