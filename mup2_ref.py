@@ -199,8 +199,8 @@ def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.M
     fans, fans0 = _fans(module, p.shape, width_dims), _fans(module0, p0.shape, width_dims)
     if word not in (None, *ROLES, "finite") or (fans is None and word is None) or (word == "hidden" and p.ndim < 2):
         raise ValueError(
-            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in {type(module).__name__}"
-            f", roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' (fan_in does not grow with the "
+            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in "
+            f"{type(module).__name__}, roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' (fan_in does not grow with the "
             "width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not grow) or 'finite'."
         )
     fan_out, fan_in = (fans[0] / fans0[0], fans[1] / fans0[1]) if fans else (ratios[0], math.prod(ratios[1:]))
@@ -222,8 +222,8 @@ def _tensors(model: nn.Module, base_model: nn.Module, roles: dict[str, str] | No
     for name, p in model.named_parameters(remove_duplicate=False):
         if name not in base_params or base_params[name].ndim != p.ndim:
             raise ValueError(
-                f"'{name}' with shape {tuple(p.shape)} has no counterpart in base_model. Build base_model with the same "
-                "code at another width, and pass both models as they are (not wrapped in DDP or torch.compile)."
+                f"'{name}' with shape {tuple(p.shape)} has no counterpart in base_model. Build base_model with the "
+                "same code at another width, and pass both models as they are (not wrapped in DDP or torch.compile)."
             )
         first, owner = names.setdefault(p, name), name.rpartition(".")[0]
         modules = model.get_submodule(owner), base_model.get_submodule(owner)
@@ -306,14 +306,14 @@ def param_groups(
     base_model: the same architecture at the base width, where lr and rho were tuned; it may live on the meta device.
     A dimension that differs is a width dimension. At the base width every factor is 1.
     weight_decay: lr * weight_decay is kept independent of the width. base_optimizer: "sgd" or "adam" (AdamW).
-    norm, of perturbation="effective": "decoupled" (Algorithm 1: every layer contributes Theta(1) to the norm) or "joint"
-    (Definition 4: the numerator's n^(-d_l); as in the paper, take a base model of width 1 with it, as with a larger
-    one the norm changes its dominating layer on the way up). The other perturbations are defined with the joint norm.
+    norm, of perturbation="effective": "decoupled" (Algorithm 1: every layer contributes Theta(1) to the norm) or
+    "joint" (Definition 4: the numerator's n^(-d_l); as in the paper, take a base model of width 1 with it, as with a
+    larger one the norm changes its dominating layer on the way up). The other perturbations are defined with the joint norm.
     perturb: "all", "norm" (normalization layers, by module type: SAM-ON) or f(name, parameter) -> bool.
     roles: {parameter name: "input", "hidden", "output" or "finite"} where shapes and modules cannot tell.
 
-    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, and where something is scaled the
-    variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name, or
+    Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, and where something is scaled
+    the variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name, or
     models that differ in more than width.
     """
     _check_name("base_optimizer", base_optimizer, ("sgd", "adam"))
@@ -470,8 +470,8 @@ class SAM(torch.optim.Optimizer):
             raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, not {base_optimizer!r}")
         if issubclass(base_optimizer, (torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.SparseAdam)):
             raise TypeError(
-                f"{base_optimizer.__name__} cannot be the base: LBFGS evaluates the loss inside its step, Adadelta has a "
-                "rho of its own in its groups, SparseAdam takes sparse gradients only"
+                f"{base_optimizer.__name__} cannot be the base: LBFGS evaluates the loss inside its step, Adadelta has "
+                "a rho of its own in its groups, SparseAdam takes sparse gradients only"
             )
         if base_kwargs.get("differentiable"):
             raise ValueError("SAM changes weights in place and cannot be differentiable=True")
@@ -514,7 +514,7 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Climb: w <- w + e. Raises RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
+        """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
         self._require_restored("the next first_step()")
         perturbed = [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
         for p, _ in perturbed:
@@ -605,7 +605,7 @@ class SAM(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of a SAM or of a bare base optimizer (rho and factors stay). RuntimeError between the passes."""
+        """Takes the state of a SAM or of a bare base optimizer (rho stays as it is). RuntimeError between the passes."""
         self._require_restored("load_state_dict()")
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):
@@ -627,7 +627,7 @@ class SAM(torch.optim.Optimizer):
 
 
 class MLP(nn.Module):
-    """ReLU MLP without biases: (batch, ...) with d_in values per sample -> (batch, d_out), as in the paper's Section 4."""
+    """ReLU MLP without biases, as in the paper: (batch, ...) with d_in values per sample -> (batch, d_out)."""
 
     def __init__(self, d_in: int, width: int, d_out: int, hidden_layers: int = 2) -> None:
         super().__init__()

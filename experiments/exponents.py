@@ -9,8 +9,8 @@ when the earlier layers are perturbed too. The slope of the logarithm of the geo
 the measured exponent. Everything goes through mup2_ref.param_groups and mup2_ref.SAM, in float64 and with a radius so
 small that effects stay linear even where they grow with n. Labels come from a linear teacher and weights are drawn with
 gain 1, so that the error signal is mostly the labels' and not the random initial function's, which only adds noise.
-SAM-ON rows have a LayerNorm before each ReLU. Tables are measured with absolute widths (base width 1) and the joint norm
-of Definition 4, Algorithm 1 (A1) with its decoupled norm and base width 64.
+SAM-ON rows have a LayerNorm before each ReLU. Tables are measured with absolute widths (base width 1) and the joint
+norm of Definition 4, Algorithm 1 (A1) with its decoupled norm and base width 64.
 """
 
 import argparse
@@ -221,7 +221,7 @@ def main() -> int:
 
 
 def plot(widths: list[int], results: list[dict], path: Path) -> None:
-    """Top: what each perturbation scaling of Table D.2 does to each layer; bottom: Table 1's muP² rows and D.1's updates."""
+    """Top: what each perturbation scaling of Table D.2 does to each layer; bottom: Table 1's muP² and D.1's updates."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -158,7 +158,7 @@ class Results:
     """Best-epoch accuracies of the finished runs, and what follows from them.
 
     The best lr of a width is the grid's, by the mean over args.seeds; the best rho is the slice's at that lr, by the
-    mean over all seeds that all of its points have. What the narrowest width's best (lr, rho) gives elsewhere counts too.
+    mean over the slice's seeds. What the narrowest width's best (lr, rho) gives elsewhere counts too.
     """
 
     def __init__(self, runs: dict[Run, dict], args: argparse.Namespace) -> None:
@@ -269,8 +269,8 @@ def what_to_look_at(rows: list[dict]) -> str:
     others = ", ".join(f"{r['gain']:+.1f} for {name}" for name, r in last.items() if name != method)
     return (
         f"Look at {method}: its best (lr, rho) is ({there['lr']:g}, {there['rho']:.3g}) at width {there['width']} and "
-        f"({here['lr']:g}, {here['rho']:.3g}) at width {here['width']}, where the former costs {here['regret']:.1f} points; "
-        f"SAM gains {here['gain']:+.1f} points over SGD there" + (f" ({others})." if others else ".")
+        f"({here['lr']:g}, {here['rho']:.3g}) at width {here['width']}, where the former costs {here['regret']:.1f} "
+        f"points; SAM gains {here['gain']:+.1f} points over SGD there" + (f" ({others})." if others else ".")
     )
 
 
