@@ -200,8 +200,8 @@ def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.M
     if word not in (None, *ROLES, "finite") or (fans is None and word is None) or (word == "hidden" and p.ndim < 2):
         raise ValueError(
             f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in "
-            f"{type(module).__name__}, roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' (fan_in does not grow with the "
-            "width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not grow) or 'finite'."
+            f"{type(module).__name__}, roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' "
+            "(fan_in does not grow with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not grow) or 'finite'."
         )
     fan_out, fan_in = (fans[0] / fans0[0], fans[1] / fans0[1]) if fans else (ratios[0], math.prod(ratios[1:]))
     if word in ("input", "output", "finite"):  # what grows, grows on the side that the word names
@@ -308,13 +308,13 @@ def param_groups(
     weight_decay: lr * weight_decay is kept independent of the width. base_optimizer: "sgd" or "adam" (AdamW).
     norm, of perturbation="effective": "decoupled" (Algorithm 1: every layer contributes Theta(1) to the norm) or
     "joint" (Definition 4: the numerator's n^(-d_l); as in the paper, take a base model of width 1 with it, as with a
-    larger one the norm changes its dominating layer on the way up). The other perturbations are defined with the joint norm.
+    larger one the norm changes its dominating layer on the way up). The other perturbations use the joint norm.
     perturb: "all", "norm" (normalization layers, by module type: SAM-ON) or f(name, parameter) -> bool.
     roles: {parameter name: "input", "hidden", "output" or "finite"} where shapes and modules cannot tell.
 
     Groups carry params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb, and where something is scaled
-    the variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name, or
-    models that differ in more than width.
+    the variant; tensors that agree in all of them share one. Raises ValueError for an ambiguous role, an unknown name,
+    or models that differ in more than width.
     """
     _check_name("base_optimizer", base_optimizer, ("sgd", "adam"))
     _check_name("norm", norm, ("decoupled", "joint"))
@@ -605,7 +605,7 @@ class SAM(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of a SAM or of a bare base optimizer (rho stays as it is). RuntimeError between the passes."""
+        """Takes the state of a SAM or of a bare base optimizer (rho stays). RuntimeError between the passes."""
         self._require_restored("load_state_dict()")
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):
