@@ -201,7 +201,8 @@ def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.M
         raise ValueError(
             f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in "
             f"{type(module).__name__}, roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' "
-            "(fan_in does not grow with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out does not grow) or 'finite'."
+            "(fan_in does not grow with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out "
+            "does not grow) or 'finite'."
         )
     fan_out, fan_in = (fans[0] / fans0[0], fans[1] / fans0[1]) if fans else (ratios[0], math.prod(ratios[1:]))
     if word in ("input", "output", "finite"):  # what grows, grows on the side that the word names
