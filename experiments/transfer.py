@@ -279,6 +279,7 @@ def plot(results: Results, path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     args, methods, low, high = results.args, results.args.methods, 100.0, 0.0
     colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(args.widths)))
@@ -302,13 +303,16 @@ def plot(results: Results, path: Path, title: str) -> None:
             sgd = results.mean(method, width, results.best_lr(method, width, sgd=True), 0.0)
             bottom.axhline(sgd, color=color, linestyle="--", linewidth=1)
             low, high = min(low, sgd), max(high, mean.max())
-        top.set(title=method, xscale="log", yscale="log")
+        top.set(title=method, xscale="log", yscale="log", ylim=(min(args.lrs) / 1.15, max(args.lrs) * 1.15))
+        top.set_yticks(args.lrs, [f"{lr:g}" for lr in args.lrs])
+        top.yaxis.set_minor_locator(NullLocator())
         bottom.set(xscale="log", xlabel="rho")
         bottom.sharex(top)
+        top.xaxis.set_minor_formatter(NullFormatter())
     for axis in axes[1]:
         axis.set_ylim(low - 5, high + 2)  # collapsed radii fall out of the picture
-    axes[0][0].set_ylabel("lr\n★ best, solid: 1.5 points below it, dotted: 3")
-    axes[1][0].set_ylabel("test accuracy % at the best lr\nband: std over seeds, dashed: SGD")
+    axes[0][0].set_ylabel("learning rate\n★ best, lines: 1.5, 3 points less")
+    axes[1][0].set_ylabel("test accuracy %, at the best lr\nband: std of seeds, dashed: SGD")
     axes[1][-1].legend(loc="lower left", fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
