@@ -185,9 +185,9 @@ def main() -> int:
         measured = {task: f.result() for task, f in tqdm(list(zip(tasks, futures)), desc="measuring", mininterval=1)}
 
     results, worst = [], 0.0
-    print(f"{'':4} {'':34}" + "".join(f"{q:^39}" for q in QUANTITIES) + " largest")
+    print(f"{'':4} {'':40}" + "".join(f"{q:^39}" for q in QUANTITIES) + " largest")
     heading = "".join(f"{role:>13}" for role in ROLES) * 3
-    print(f"{'':4} {'predicted / measured exponent':34}{heading} deviation")
+    print(f"{'':4} {'predicted / measured exponent':40}{heading} deviation")
     for row in table:
         prediction = row.prediction()._asdict()
         result = {"table": row.table, "name": row.name, "exponents": row.exponents()._asdict(), "predicted": {}}
@@ -211,7 +211,7 @@ def main() -> int:
         worst = max(worst, deviation)
         result["deviation"] = round(deviation, 4)
         results.append(result)
-        print(f"{row.table:4} {row.name:34}{line}   {deviation:.3f}{' <--' if deviation > args.tolerance else ''}")
+        print(f"{row.table:4} {row.name:40}{line}   {deviation:.3f}{' <--' if deviation > args.tolerance else ''}")
     args.out.mkdir(parents=True, exist_ok=True)
     summary = {"widths": args.widths, "seeds": args.seeds, "worst": worst, "rows": results}
     (args.out / "exponents.json").write_text(json.dumps(summary) + "\n")
