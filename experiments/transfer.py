@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -330,7 +331,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.2, 0.4, 0.8])
     parser.add_argument("--rhos", nargs="+", type=float, help="one grid for all methods instead of each one's own")
     parser.add_argument("--seeds", type=int, default=2, help="of the grid")
-    parser.add_argument("--slice-seeds", type=int, default=4, help="of the slice at the best lr; 0: no slice")
+    parser.add_argument("--slice-seeds", type=int, default=6, help="of the slice at the best lr; 0: no slice")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--device", default="cpu")
@@ -386,4 +387,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a terminated sweep ends its workers too
     sys.exit(main())
