@@ -159,7 +159,7 @@ class Results:
     """Best-epoch accuracies of the finished runs, and what follows from them.
 
     The best lr of a width is the grid's, by the mean over args.seeds; the best rho is the slice's at that lr, by the
-    mean over the slice's seeds. What the narrowest width's best (lr, rho) gives elsewhere counts too.
+    mean over the slice's seeds. If the narrowest width's best (lr, rho) turns out better, that is the optimum.
     """
 
     def __init__(self, runs: dict[Run, dict], args: argparse.Namespace) -> None:
@@ -199,6 +199,11 @@ class Results:
         points = self.slice(method, width)
         return self.best_lr(method, width), max(points, key=lambda rho: statistics.fmean(points[rho]))
 
+    def optimum(self, method: str, width: int) -> tuple[float, float]:
+        """The better one, by the mean over all seeds, of this width's best (lr, rho) and the narrowest width's."""
+        candidates = self.best(method, width), self.best(method, min(self.args.widths))
+        return max(candidates, key=lambda point: self.mean(method, width, *point))
+
     def largest_stable_rho(self, method: str, width: int) -> float:
         sgd = self.mean(method, width, self.best_lr(method, width), 0.0)
         points = self.slice(method, width)
@@ -207,8 +212,7 @@ class Results:
     def table(self) -> list[dict]:
         rows = []
         for method, width in itertools.product(self.args.methods, self.args.widths):
-            narrow, here = self.best(method, min(self.args.widths)), self.best(method, width)
-            lr, rho = max((here, narrow), key=lambda point: self.mean(method, width, *point))
+            lr, rho = self.optimum(method, width)
             sgd_lr = self.best_lr(method, width, sgd=True)
             sam, sgd = self.values(method, width, lr, rho), self.values(method, width, sgd_lr, 0.0)
             rows.append(
@@ -224,7 +228,8 @@ class Results:
                     "sgd": statistics.fmean(sgd),
                     "sgd_std": statistics.stdev(sgd) if len(sgd) > 1 else 0.0,
                     "gain": statistics.fmean(sam) - statistics.fmean(sgd),
-                    "regret": statistics.fmean(sam) - self.mean(method, width, *narrow),
+                    "regret": statistics.fmean(sam)
+                    - self.mean(method, width, *self.best(method, min(self.args.widths))),
                     "largest_stable_rho": self.largest_stable_rho(method, width),
                     "rho_edge": self.largest_stable_rho(method, width) == max(self.slice(method, width)),
                 }
@@ -294,7 +299,7 @@ def plot(results: Results, path: Path, title: str) -> None:
                 z = [[grid[lr, rho] for rho in rhos] for lr in args.lrs]
                 levels = [max(grid.values()) - 3, max(grid.values()) - 1.5]
                 top.contour(rhos, args.lrs, z, levels=levels, colors=[color], linestyles=[":", "-"])
-            lr, rho = results.best(method, width)
+            lr, rho = results.optimum(method, width)
             top.plot(rho, lr, "*", color=color, markersize=13, markeredgecolor="white")
             points = results.slice(method, width)
             mean = np.array([statistics.fmean(v) for v in points.values()])
