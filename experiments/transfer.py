@@ -293,14 +293,14 @@ def plot(results: Results, path: Path, title: str) -> None:
     for column, method in enumerate(methods):
         top, bottom = axes[:, column]
         rhos = grid_rhos(method, args)
-        for color, width in zip(colors, args.widths):
+        for i, (color, width) in enumerate(zip(colors, args.widths)):
             grid = results.grid(method, width, rhos)
             if len(args.lrs) > 1 and len(rhos) > 1:
                 z = [[grid[lr, rho] for rho in rhos] for lr in args.lrs]
                 levels = [max(grid.values()) - 3, max(grid.values()) - 1.5]
                 top.contour(rhos, args.lrs, z, levels=levels, colors=[color], linestyles=[":", "-"])
             lr, rho = results.optimum(method, width)
-            top.plot(rho, lr, "*", color=color, markersize=13, markeredgecolor="white")
+            top.plot(rho, lr, "*", color=color, markersize=max(24 - 7 * i, 6), markeredgewidth=0)  # they may coincide
             points = results.slice(method, width)
             mean = np.array([statistics.fmean(v) for v in points.values()])
             std = np.array([statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()])
@@ -314,6 +314,7 @@ def plot(results: Results, path: Path, title: str) -> None:
         top.yaxis.set_minor_locator(NullLocator())
         bottom.set(xscale="log", xlabel="rho")
         bottom.sharex(top)
+        top.set_xlim(min(rhos) / 1.2, max(rhos) * 1.2)
         top.xaxis.set_minor_formatter(NullFormatter())
     for axis in axes[1]:
         axis.set_ylim(low - 5, high + 2)  # collapsed radii fall out of the picture
@@ -382,7 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = sweep(all_seeds([(m, w, *results.best(m, min(args.widths))) for m, w in pairs]), path, args, "transfer")
     results = Results(runs, args)
     rows = results.table()
-    summary = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "rows": rows}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "root", "jobs", "device")}
+    summary = {"args": settings, "rows": rows}
     (args.out / f"{args.name}.json").write_text(json.dumps(summary, indent=1, default=float) + "\n")
     print(format_table(rows))
     figure = args.out / f"{args.name}.png"
