@@ -858,7 +858,7 @@ def test_clipping_with_a_grad_scaler_belongs_to_the_second_pass(SAM):
 
 
 def test_bfloat16_weights_lose_most_of_a_small_perturbation(SAM):
-    """Why the README says to keep float32 weights under autocast."""
+    """A limit that the README states."""
     w = nn.Parameter((0.02 * torch.randn(1000, 1000)).bfloat16())
     w.grad = torch.randn(1000, 1000).bfloat16()
     before = w.detach().clone()
