@@ -221,6 +221,25 @@ def test_sweep_on_cifar10(tmp_path, capsys):
     assert "error: no CIFAR-10 in" in capsys.readouterr().err
 
 
+def test_training_loop_evaluates_in_eval_mode():
+    import mup2_ref
+
+    seen = []
+
+    class Spy(mup2_ref.MLP):
+        def forward(self, x):
+            seen.append((self.training, len(x), torch.is_grad_enabled()))
+            return super().forward(x)
+
+    model = Spy(4, 8, 2)
+    data_ = torch.randn(10, 4), torch.randint(2, (10,))
+    accuracies = list(
+        mup2_ref.train(model, mup2_ref.SAM(model.parameters(), lr=0.1), data_, data_, epochs=2, batch_size=5)
+    )
+    assert len(accuracies) == 2
+    assert seen == ([(True, 5, True)] * 4 + [(False, 10, False)]) * 2  # two batches, two passes, one evaluation
+
+
 def test_a_diverging_run_is_recorded(tmp_path):
     row = transfer.train(transfer.Run("mnist1d", "SP-naive", 64, 1e9, 0.1, 0, 3), None, "cpu")
     assert row["finished"] < 3 and row["best"] <= 20

@@ -121,7 +121,7 @@ def test_global_is_the_largest_stable_radius(parameterization, variant):
     assert p.stable == (parameterization != "sp")
 
 
-@pytest.mark.parametrize("c, b, stable", [((-1, 0, 0.5), (0, 0.5, 1), False), ((0, 1, 1), (0, 0.5, 0.25), False)])
+@pytest.mark.parametrize("c, b, stable", [((0, 1, 0.5), (0, 0.5, 1), False), ((0, 1, 1), (0, 0.5, 0.25), False)])
 def test_conditions_of_stability(c, b, stable):
     """c_out >= 1: updates of the last layer; b_out + r >= 1: what the features' movement does to the output."""
     assert predict(Exponents(b, c, (0, 0, 0), 10.0)).stable == stable

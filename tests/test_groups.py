@@ -370,6 +370,11 @@ def test_initial_scale_of_layers_that_grow_unevenly():
         assert model.weight.std().item() == pytest.approx(3 / 4 * (fan_in / 16) ** -0.5, rel=0.05)
 
 
+def test_a_model_narrower_than_the_base_has_larger_output_weights():
+    model = init_(nn.Linear(64, 2000), nn.Linear(256, 2000), gain=1.0)
+    assert model.weight.std().item() == pytest.approx(256**-0.5 * 4, rel=0.05)
+
+
 def test_initialising_twice_is_the_same_as_once():
     model, base = Block(WIDE), Block(BASE)
     torch.manual_seed(1)
