@@ -425,11 +425,15 @@ def joint_norm(tensors: list[tuple[Tensor, Tensor, float]], variant: str) -> Ten
         s * torch.linalg.vector_norm(_wide(g) * normalizer(_wide(w), variant), dtype=torch.float64)
         for w, g, s in tensors
     ]
-    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms])) if norms else torch.tensor(0.0)
+    return (
+        torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
+        if norms
+        else torch.zeros(()).double()
+    )
 
 
 def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
-    """w <- w + coefficient T² g: climb to the local maximum. Computed in float32 or wider and rounded once."""
+    """w <- w + coefficient T² g: climb to the local maximum. In float32 or wider, then rounded to w's dtype."""
     T = normalizer(_wide(w), variant)
     w.copy_(_wide(w) + _wide(g) * (T * T * coefficient.to(w.device)))
 

@@ -214,6 +214,7 @@ class Results:
         for method, width in itertools.product(self.args.methods, self.args.widths):
             lr, rho = self.optimum(method, width)
             sgd_lr = self.best_lr(method, width, sgd=True)
+            stable_rho = self.largest_stable_rho(method, width)
             sam, sgd = self.values(method, width, lr, rho), self.values(method, width, sgd_lr, 0.0)
             rows.append(
                 {
@@ -230,8 +231,8 @@ class Results:
                     "gain": statistics.fmean(sam) - statistics.fmean(sgd),
                     "regret": statistics.fmean(sam)
                     - self.mean(method, width, *self.best(method, min(self.args.widths))),
-                    "largest_stable_rho": self.largest_stable_rho(method, width),
-                    "rho_edge": self.largest_stable_rho(method, width) == max(self.slice(method, width)),
+                    "largest_stable_rho": stable_rho,
+                    "rho_edge": stable_rho == max(self.slice(method, width)),
                 }
             )
         return rows
