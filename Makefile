@@ -16,9 +16,9 @@ test: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest
 
-.venv/ready: pyproject.toml tests/constraints.txt
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*) tests/constraints.txt
 	python3 -m venv .venv
-	.venv/bin/pip install --quiet --constraint tests/constraints.txt setuptools wheel torch
+	.venv/bin/pip install --quiet --constraint tests/constraints.txt setuptools wheel ninja pybind11 torch
 	.venv/bin/pip install --quiet --constraint tests/constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 

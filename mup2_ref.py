@@ -521,6 +521,12 @@ class SAM(torch.optim.Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
         self._require_restored("the next first_step()")
+        self._climb()
+        if zero_grad:
+            self.zero_grad()
+
+    def _climb(self) -> None:
+        """Perturb every perturbed parameter that has a gradient, and keep its weights."""
         perturbed = [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
         for p, _ in perturbed:
             if p.grad.layout != torch.strided or p.grad.is_complex():
@@ -537,8 +543,6 @@ class SAM(torch.optim.Optimizer):
             for p, group in perturbed:
                 rho = -group["rho"] if group.get("maximize") else group["rho"]  # climb in what is minimized
                 perturb_(p, p.grad, rho / (norm + self.EPS), self.variant)
-        if zero_grad:
-            self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer step. Raises RuntimeError if first_step() has not been called."""
@@ -572,17 +576,22 @@ class SAM(torch.optim.Optimizer):
                     closure()
             elif self._backup is None:
                 raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
-            self.restore()
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if scale is not None:
-                for g in gradients:
-                    g.div_(scale.to(g.device))
-            skip = not self._finite or (found_inf is not None and found_inf.item() > 0)
-            if skip or (self.skip_nonfinite and not all(g.isfinite().all() for g in gradients)):
-                self.skipped_steps += 1
-            else:
-                self.base_optimizer.step()
+            with self._restored_on_error():
+                self._descend(scale, found_inf)
         return loss
+
+    def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Restore, undo the scale of the loss, and update unless a gradient is not finite."""
+        self.restore()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if scale is not None:
+            for g in gradients:
+                g.div_(scale.to(g.device))
+        skip = not self._finite or (found_inf is not None and found_inf.item() > 0)
+        if skip or (self.skip_nonfinite and not all(g.isfinite().all() for g in gradients)):
+            self.skipped_steps += 1
+        else:
+            self.base_optimizer.step()
 
     @contextmanager
     def _scaler(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:

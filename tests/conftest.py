@@ -8,13 +8,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 torch.set_num_threads(1)  # small tensors; steadier times when tests share the machine
 
+import mup2_fused
 import mup2_ref
 
+IMPLEMENTATIONS = {"mup2_ref": mup2_ref.SAM, "mup2_fused": mup2_fused.SAM}
 
-@pytest.fixture(params=["mup2_ref"])
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def SAM(request):
     """Every implementation of the optimizer: what holds for the reference holds for the others."""
-    return {"mup2_ref": mup2_ref.SAM}[request.param]
+    return IMPLEMENTATIONS[request.param]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,802 @@
+// Between torch and the kernels: checks, layouts, devices, streams, memory. The only file that knows torch.
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <map>
+
+#include "kernels.h"
+#ifdef MUP2_CUDA
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace mup2 {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+
+// ---------------------------------------------------------------------------------------------- tensors to pointers
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return kF32;
+    case at::kDouble: return kF64;
+    case at::kBFloat16: return kBF16;
+    case at::kHalf: return kF16;
+    default:
+      TORCH_CHECK_TYPE(false, "mup2_fused takes float32, float64, bfloat16 and float16, not ", t.scalar_type(),
+                       "; mup2_ref.SAM takes the others");
+  }
+}
+
+float* floats(const Tensor& t) { return t.data_ptr<float>(); }
+int32_t* ints(const Tensor& t) { return t.data_ptr<int32_t>(); }
+
+bool is_cuda(at::Device d) { return d.is_cuda(); }
+
+void check_device(const Tensor& t) {
+  TORCH_CHECK_TYPE(!t.unsafeGetTensorImpl()->is_python_dispatch(), "mup2_fused takes plain tensors, not tensor subclasses "
+                   "such as DTensor; mup2_ref.SAM takes those that behave like tensors");
+#ifdef MUP2_CUDA
+  const bool ours = t.is_cpu() || t.is_cuda();
+#else
+  TORCH_CHECK(!t.is_cuda(), "mup2_fused was built without CUDA, but a parameter is on ", t.device(), ": build it where "
+              "torch has CUDA and nvcc is found (MUP2_CUDA=1 python setup.py build_ext --inplace), or use mup2_ref.SAM");
+  const bool ours = t.is_cpu();
+#endif
+  TORCH_CHECK(ours, "mup2_fused runs on the CPU and on CUDA, not on ", t.device(), "; mup2_ref.SAM runs there");
+}
+
+bool same_order(const Tensor& a, const Tensor& b) {
+  return a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous());
+}
+
+// One parameter in one launch. Tensors whose elements do not lie as the parameter's do are copied into its order, and the
+// kernels work on the copies; `written` ones are copied back.
+struct Entry {
+  void* ptr[6] = {};
+  int64_t numel = 0;
+  int group = 0, index = 0;
+  at::Device device = at::kCPU;
+  Types types = {kF32, kF32};
+  std::tuple<int, int, int> bucket() const {
+    return {is_cuda(device) ? device.index() : -1, types.w, types.g};
+  }
+};
+
+class Entries {
+ public:
+  std::vector<Entry> list;
+
+  // order: a tensor with the strides that all of this entry's tensors get.
+  Entry& add(const Tensor& w, int group) {
+    list.emplace_back();
+    Entry& e = list.back();
+    check_device(w);
+    e.numel = w.numel(), e.group = group, e.device = w.device();
+    e.types = {type_of(w), type_of(w)};
+    dense_ = w.is_non_overlapping_and_dense();
+    order_ = dense_ ? w : at::empty_like(w, at::MemoryFormat::Contiguous);
+    set(kW, w, true);
+    return e;
+  }
+  void set(int which, const Tensor& t, bool written) {
+    Entry& e = list.back();
+    TORCH_CHECK(t.sizes() == order_.sizes() && t.device() == e.device, "a tensor of shape ", t.sizes(), " on ", t.device(),
+                " belongs to a parameter of shape ", order_.sizes(), " on ", e.device);
+    if (which == kG) {
+      e.types.g = type_of(t);
+      TORCH_CHECK_TYPE(e.types.g == e.types.w || e.types.g == kF32, "a gradient is ", t.scalar_type(),
+                       ", its parameter another type; only float32 gradients may differ");
+    } else {
+      TORCH_CHECK_TYPE(type_of(t) == e.types.w, "a state tensor is ", t.scalar_type(), ", its parameter another type");
+    }
+    if (same_order(t, order_)) {
+      e.ptr[which] = t.data_ptr();
+    } else {
+      Tensor copy = at::empty_strided(order_.sizes(), order_.strides(), t.options());
+      copy.copy_(t);
+      e.ptr[which] = copy.data_ptr();
+      copies_.push_back({t, copy, written});
+    }
+  }
+  void copy_back() {
+    for (auto& [tensor, copy, written] : copies_)
+      if (written) tensor.copy_(copy);
+    copies_.clear();
+  }
+  // By device and types, otherwise in order.
+  void sort() {
+    const auto before = [](const Entry& a, const Entry& b) { return a.bucket() < b.bucket(); };
+    if (!std::is_sorted(list.begin(), list.end(), before)) std::stable_sort(list.begin(), list.end(), before);
+  }
+
+ private:
+  struct Copy { Tensor tensor, copy; bool written; };
+  std::vector<Copy> copies_;
+  Tensor order_;
+  bool dense_ = true;
+};
+
+// ---------------------------------------------------------------------------------------------- entries to launches
+
+int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+// Calls launch(batch, types) for entries [begin, end) of one device, as few times as batches hold them. first_tensor
+// counts from `begin`; empty tensors take part without chunks.
+template <class B, class Launch>
+void in_batches(const Entry* begin, const Entry* end, const std::vector<typename B::GroupType>& groups, Launch launch) {
+  static thread_local B batch;
+  std::vector<int> group_in_batch(groups.size());
+  int64_t partials = 0;
+  const Entry* e = begin;
+  while (e != end) {
+    const Types types = e->types;
+    batch.n_items = batch.n_groups = batch.n_chunks = 0;
+    batch.first_tensor = e - begin, batch.first_partial = partials;
+    std::fill(group_in_batch.begin(), group_in_batch.end(), -1);
+    for (; e != end && batch.n_items < B::kCapacity; ++e) {
+      const int64_t chunks = chunks_of(e->numel);
+      if (e->types.w != types.w || e->types.g != types.g || (batch.n_chunks && batch.n_chunks + chunks > INT32_MAX)) break;
+      auto& item = batch.items[batch.n_items];
+      if constexpr (!std::is_same_v<typename B::GroupType, None>) {
+        int& group = group_in_batch[e->group];
+        for (uint32_t i = 0; group < 0 && i < batch.n_groups; ++i)
+          if (!memcmp(&batch.groups[i], &groups[e->group], sizeof groups[0])) group = i;
+        if (group < 0) {
+          if (batch.n_groups == B::kGroupCapacity) break;
+          group = batch.n_groups;
+          batch.groups[batch.n_groups++] = groups[e->group];
+        }
+        item.group = group;
+      }
+      item.first_chunk = batch.n_chunks;
+      item.tail = e->numel - (chunks - 1) * kChunk;
+      uintptr_t low_bits = 0;
+      for (int i = 0; i < B::kPointers; ++i) {
+        item.ptr[i] = e->ptr[i];
+        if (!(B::kPointers > 4 && i == B::kPointers - 1)) low_bits |= uintptr_t(e->ptr[i]);  // not the step count
+      }
+      item.aligned = low_bits % kVectorBytes == 0;
+      ++batch.n_items;
+      batch.n_chunks += chunks;
+    }
+    partials += batch.n_chunks;
+    launch(batch, types);
+  }
+}
+
+const CpuKernels& cpu() {
+  static const CpuKernels& chosen = []() -> const CpuKernels& {
+    const char* wish = getenv("MUP2_CPU");
+    const std::string name = wish ? wish : "";
+    TORCH_CHECK(name.empty() || name == "baseline" || name == "avx2" || name == "avx512",
+                "MUP2_CPU is baseline, avx2 or avx512, not ", name);
+#ifdef __x86_64__
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (name.empty() || name == "avx512")) return kCpuAvx512;
+    if (avx2 && name != "baseline") return kCpuAvx2;
+#endif
+    return kCpuBaseline;
+  }();
+  return chosen;
+}
+
+// More bytes than the last cache holds are better written past it.
+bool streams(const Entry* begin, const Entry* end) {
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 1 << 25);
+  int64_t bytes = 0;
+  for (const Entry* e = begin; e != end; ++e) bytes += e->numel * (e->types.w == kF64 ? 8 : e->types.w == kF32 ? 4 : 2);
+  return 3 * bytes > cache;  // w, g and the backup
+}
+constexpr int64_t kGrain = 4;  // chunks; fewer are not worth another thread
+
+#ifdef MUP2_CUDA
+void* stream_of(at::Device d) { return c10::cuda::getCurrentCUDAStream(d.index()).stream(); }
+void check(int error) { TORCH_CHECK(error == 0, "mup2_fused: CUDA says ", cuda_error(error)); }
+#define MUP2_ON_CUDA(call) return check(call)
+#else
+#define MUP2_ON_CUDA(call)
+#endif
+
+// ---------------------------------------------------------------------------------------------- the three phases
+
+// Memory of one device: results of the norm, and counters that kernels leave at 0.
+struct Workspace {
+  Tensor doubles, ints, skipped;
+  NormState state = {};
+
+  explicit Workspace(at::Device d)
+      : ints(at::zeros({4}, at::TensorOptions().device(d).dtype(at::kInt))),
+        skipped(at::zeros({1}, at::TensorOptions().device(d).dtype(at::kLong))) {}
+  // [nonfinite, nonfinite of the second gradients, counter of the update, unused, counters of the norm ...]
+  void reserve(int64_t tensors, int64_t partials, bool layerwise) {
+    const int64_t n_doubles = 2 + 3 * tensors + partials * (layerwise ? 2 : 1), n_ints = 5 + tensors;
+    if (ints.numel() < n_ints) {
+      Tensor more = at::zeros({2 * n_ints}, ints.options());
+      more.slice(0, 0, 4).copy_(ints.slice(0, 0, 4));
+      ints = more;
+    }
+    if (!doubles.defined() || doubles.numel() < n_doubles)
+      doubles = at::empty({n_doubles + n_doubles / 4}, ints.options().dtype(at::kDouble));
+    double* d = doubles.data_ptr<double>();
+    int32_t* i = ints.data_ptr<int32_t>();
+    state = {d + 2 + 3 * tensors, d + 2, d + 2 + tensors, d + 2 + 2 * tensors, d, i, (uint32_t*)i + 4, int32_t(tensors), partials};
+  }
+  Control control() {
+    int32_t* i = ints.data_ptr<int32_t>();
+    return {i, nullptr, nullptr, nullptr, nullptr, (uint32_t*)i + 2};
+  }
+};
+
+// Norm of entries of one device into ws.
+void norm(const Entry* begin, const Entry* end, const std::vector<Radius>& radii, Variant variant, Workspace& ws) {
+  int64_t partials = 0, tensors = 0;
+  for (const Entry* e = begin; e != end; ++e) partials += chunks_of(e->numel), ++tensors;
+  ws.reserve(tensors, partials, variant == kLayerwise);
+  const NormState& s = ws.state;
+  const at::Device device = begin->device;
+  in_batches<NormBatch>(begin, end, radii, [&](const NormBatch& batch, Types types) {
+    if (is_cuda(device)) MUP2_ON_CUDA(cuda_norm(batch, s, types, variant, stream_of(device)));
+    at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) { cpu().norm(batch, s, types, variant, a, b); });
+    for (uint32_t i = 0; i < batch.n_items; ++i) {
+      const auto& item = batch.items[i];
+      const int64_t first = batch.first_partial + item.first_chunk;
+      const int64_t n = (i + 1 < batch.n_items ? batch.items[i + 1].first_chunk : batch.n_chunks) - item.first_chunk;
+      const double w2 = variant == kLayerwise ? ordered_sum(s.partials + s.n_partials + first, n) : 0;
+      contribute(s, batch.first_tensor + i, batch.groups[item.group], variant == kLayerwise, ordered_sum(s.partials + first, n), w2);
+    }
+  });
+  if (!is_cuda(device)) {
+    finish_norm(s, ordered_sum(s.contribution, tensors));
+    for (int i = 0; i < tensors; ++i) finish_coefficient(s, i);
+  }
+}
+
+// Norm and coefficients again, from the square of a norm over more than this device's tensors.
+void combine(const Tensor& square, Workspace& ws, at::Device device) {
+  if (is_cuda(device)) MUP2_ON_CUDA(cuda_combine(ws.state, square.data_ptr<double>(), stream_of(device)));
+  finish_norm(ws.state, *square.data_ptr<double>());
+  for (int i = 0; i < ws.state.n_tensors; ++i) finish_coefficient(ws.state, i);
+}
+
+void perturb(const Entry* begin, const Entry* end, const double* coefficient, Variant variant) {
+  const at::Device device = begin->device;
+  const bool streaming = streams(begin, end);
+  in_batches<PerturbBatch>(begin, end, {}, [&](const PerturbBatch& batch, Types types) {
+    if (is_cuda(device)) MUP2_ON_CUDA(cuda_perturb(batch, coefficient, types, variant, stream_of(device)));
+    at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) {
+      cpu().perturb(batch, coefficient, types, variant, streaming, a, b);
+    });
+  });
+}
+
+template <class Method>
+void update(const Entry* begin, const Entry* end, const std::vector<typename Method::Hyper>& hypers, const Control& control) {
+  const at::Device device = begin->device;
+  const bool streaming = streams(begin, end);
+  Control launch_control = control;
+  in_batches<UpdateBatch<Method>>(begin, end, hypers, [&](const UpdateBatch<Method>& batch, Types types) {
+    const Control now = launch_control;
+    launch_control.skipped = nullptr;  // the first launch counts for all
+    if (is_cuda(device)) MUP2_ON_CUDA(cuda_update(batch, now, types, stream_of(device)));
+    at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) {
+      if constexpr (std::is_same_v<Method, Sgd>)
+        cpu().sgd(batch, now, types, streaming, a, b);
+      else
+        cpu().adam(batch, now, types, streaming, a, b);
+    });
+    const bool skip = skips(now);
+    for (uint32_t i = 0; i < batch.n_items; ++i) count_step(batch.items[i], skip);
+    if (now.skipped) *now.skipped += skip;
+  });
+}
+
+// f(begin, end, device) for the entries of each device, with that device current.
+template <class F> void per_device(std::vector<Entry>& list, F f) {
+  for (size_t i = 0, j; i < list.size(); i = j) {
+    for (j = i; j < list.size() && list[j].device == list[i].device;) ++j;
+    const c10::DeviceGuard guard(list[i].device);
+    f(list.data() + i, list.data() + j, list[i].device);
+  }
+}
+
+using Workspaces = std::map<at::Device, Workspace, bool (*)(at::Device, at::Device)>;
+bool device_order(at::Device a, at::Device b) { return std::make_pair(a.type(), a.index()) < std::make_pair(b.type(), b.index()); }
+
+Workspace& workspace(Workspaces& all, at::Device device) {
+  auto found = all.find(device);
+  return found != all.end() ? found->second : all.emplace(device, Workspace(device)).first->second;
+}
+
+// The joint norm over entries of any number of devices.
+void norms(std::vector<Entry>& list, const std::vector<Radius>& radii, Variant variant, Workspaces& all) {
+  std::vector<at::Device> devices;
+  per_device(list, [&](const Entry* begin, const Entry* end, at::Device device) {
+    norm(begin, end, radii, variant, workspace(all, device));
+    devices.push_back(device);
+  });
+  if (devices.size() < 2) return;
+  Tensor square = workspace(all, devices[0]).doubles.slice(0, 1, 2).clone();
+  for (size_t i = 1; i < devices.size(); ++i) square += workspace(all, devices[i]).doubles.slice(0, 1, 2).to(devices[0]);
+  for (at::Device device : devices) {
+    const c10::DeviceGuard guard(device);
+    combine(square.to(device), workspace(all, device), device);
+  }
+}
+
+Variant variant_of(const std::string& name) {
+  TORCH_CHECK_VALUE(name == "sam" || name == "elementwise" || name == "layerwise", "unknown variant ", name);
+  return name == "sam" ? kSam : name == "elementwise" ? kElementwise : kLayerwise;
+}
+
+void bump(const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); }
+
+// ---------------------------------------------------------------------------------------------- eager: a plan
+
+const Tensor& unpack(py::handle h) {
+  TORCH_CHECK_TYPE(THPVariable_Check(h.ptr()), "expected a tensor");
+  return THPVariable_Unpack(h.ptr());
+}
+py::handle get(py::handle dict, const char* key) { return PyDict_GetItemString(dict.ptr(), key); }  // borrowed; null if absent
+bool is_number(py::handle h) { return h && (PyFloat_Check(h.ptr()) || PyLong_Check(h.ptr())); }
+bool is_true(py::handle h) { return h && PyObject_IsTrue(h.ptr()) == 1; }
+bool plain(const Tensor& t) {
+  return t.layout() == at::kStrided && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ||
+                                        t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf);
+}
+
+// optimizer.state[parameter], in the order in which optimizers fill it: hashing a parameter calls Python.
+class States {
+ public:
+  explicit States(py::handle dict) : dict_(dict) {}
+  py::handle find(py::handle parameter) {
+    PyObject *key, *value;
+    Py_ssize_t next = position_;
+    if (PyDict_Next(dict_.ptr(), &next, &key, &value) && key == parameter.ptr()) {
+      position_ = next;
+      return value;
+    }
+    return PyDict_GetItem(dict_.ptr(), parameter.ptr());
+  }
+
+ private:
+  py::handle dict_;
+  Py_ssize_t position_ = 0;
+};
+
+// What SAM keeps between calls besides its parameters and their state: backups, and the workspace of each device.
+class Plan {
+ public:
+  // First step. Returns the list of (parameter, backup) that restoring needs, or None if a gradient is sparse or complex,
+  // when nothing has happened. groups: optimizer.param_groups.
+  py::object climb(const py::list& groups, const std::string& variant_name) {
+    const Variant variant = variant_of(variant_name);
+    Entries entries;
+    std::vector<Radius> radii;
+    std::vector<const Tensor*> changed;
+    size_t n = 0;
+    for (py::handle group : groups) {
+      const double rho = get(group, "rho").cast<double>();
+      radii.push_back({is_true(get(group, "maximize")) ? -rho : rho, get(group, "gradnorm_scaling").cast<double>()});
+      if (!is_true(get(group, "perturb"))) continue;
+      for (py::handle parameter : get(group, "params")) {
+        const Tensor &w = unpack(parameter), &g = w.grad();
+        if (!g.defined()) continue;
+        if (g.layout() != at::kStrided || g.is_complex()) return py::none();
+        check_device(w);
+        const Tensor& backup = this->backup(n++, parameter, w);
+        if (w.numel() == 0) continue;
+        entries.add(w, radii.size() - 1).index = n - 1;
+        entries.set(kG, g, false);
+        entries.set(kBackup, backup, true);
+        changed.push_back(&w);
+      }
+    }
+    while (backups_.size() > n) PyList_SetSlice(backups_.ptr(), n, PyList_GET_SIZE(backups_.ptr()), nullptr);
+    run_climb(entries, radii, variant);
+    for (const Tensor* w : changed) bump(*w);
+    return backups_;
+  }
+
+  // Second step: restore and update in one pass. Returns False if that takes another optimizer's code, when nothing has
+  // happened. state: optimizer.state; create(parameter, group) makes and returns what a parameter lacks in it; updates:
+  // {parameter: number of updates}, filled here for groups with dampening.
+  bool descend(const std::string& method, const py::list& groups, const py::dict& state, const py::list& backups,
+               const py::function& create, const py::dict& updates, const c10::optional<Tensor>& grad_scale,
+               const c10::optional<Tensor>& found_inf, bool check_gradients) {
+    decoupled_ = method == "adamw";  // torch before 2.7 does not say it in the groups
+    return method == "sgd" ? descend_with<Sgd>(groups, state, backups, create, updates, grad_scale, found_inf, check_gradients)
+                           : descend_with<Adam>(groups, state, backups, create, updates, grad_scale, found_inf, check_gradients);
+  }
+
+  void restore(const py::list& backups) {
+    Entries entries;
+    for (py::handle pair : backups) {
+      const Tensor& w = unpack(PyTuple_GET_ITEM(pair.ptr(), 0));
+      entries.add(w, 0);
+      entries.set(kBackup, unpack(PyTuple_GET_ITEM(pair.ptr(), 1)), false);
+      bump(w);
+    }
+    run_update<Sgd>(entries, {Sgd::Hyper{}}, {}, {}, false, false);
+  }
+
+  bool finite() {
+    for (auto& [device, ws] : workspaces_)
+      if (ws.ints[0].item<int>()) return false;
+    return true;
+  }
+  int64_t skipped() {
+    int64_t sum = 0;
+    for (auto& [device, ws] : workspaces_) sum += ws.skipped.item<int64_t>();
+    return sum;
+  }
+  // (joint norm, [gradnorm_scaling ||T g|| of each tensor in the list of backups]) of the last first step.
+  py::tuple norms() {
+    py::list each;
+    double square = 0;
+    std::map<int, double> found;
+    for (auto& [device, index] : order_) {
+      Workspace& ws = workspace(workspaces_, device);
+      const Tensor contribution = ws.doubles.slice(0, 2, 2 + index.size()).cpu();
+      for (size_t i = 0; i < index.size(); ++i) found[index[i]] = contribution.data_ptr<double>()[i];
+      square = ws.doubles[1].item<double>();
+    }
+    for (size_t i = 0; i < backups_.size(); ++i) each.append(std::sqrt(found.count(i) ? found[i] : 0));
+    return py::make_tuple(std::sqrt(square), each);
+  }
+
+ private:
+  // The backup of the n-th perturbed parameter: that of the last step if it fits.
+  const Tensor& backup(size_t n, py::handle parameter, const Tensor& w) {
+    if (n < backups_.size()) {
+      PyObject* pair = PyList_GET_ITEM(backups_.ptr(), n);
+      if (PyTuple_GET_ITEM(pair, 0) == parameter.ptr()) {
+        const Tensor& last = unpack(PyTuple_GET_ITEM(pair, 1));
+        if (last.sizes() == w.sizes() && last.scalar_type() == w.scalar_type() && last.device() == w.device() &&
+            (last.strides() == w.strides() || !w.is_non_overlapping_and_dense()))
+          return last;
+      }
+      PyList_SetSlice(backups_.ptr(), n, PyList_GET_SIZE(backups_.ptr()), nullptr);
+    }
+    backups_.append(py::make_tuple(parameter, py::cast(at::empty_like(w.detach()))));
+    return unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups_.ptr(), n), 1));
+  }
+
+  void run_climb(Entries& entries, const std::vector<Radius>& radii, Variant variant) {
+    const py::gil_scoped_release release;
+    auto& list = entries.list;
+    entries.sort();
+    order_.clear();
+    mup2::norms(list, radii, variant, workspaces_);
+    per_device(list, [&](const Entry* begin, const Entry* end, at::Device device) {
+      perturb(begin, end, workspace(workspaces_, device).state.coefficient, variant);
+      auto& index = order_[device];
+      for (const Entry* e = begin; e != end; ++e) index.push_back(e->index);
+    });
+    for (auto& [device, ws] : workspaces_)
+      if (!order_.count(device)) share_flag(ws);
+    entries.copy_back();
+  }
+
+  // A device without perturbed tensors follows the others.
+  void share_flag(Workspace& ws) {
+    Tensor flag = ws.ints.slice(0, 0, 1);
+    if (order_.empty())
+      flag.zero_();
+    else
+      flag.copy_(workspace(workspaces_, order_.begin()->first).ints.slice(0, 0, 1));
+  }
+
+  template <class Method>
+  bool descend_with(const py::list& groups, const py::dict& state, const py::list& backups, const py::function& create,
+                    const py::dict& updates, const c10::optional<Tensor>& grad_scale, const c10::optional<Tensor>& found_inf,
+                    bool check_gradients) {
+    Entries entries;
+    std::vector<typename Method::Hyper> hypers;
+    std::vector<const Tensor*> changed;
+    States states(state);
+    size_t n = 0;  // backups taken
+    for (py::handle group : groups) {
+      hypers.emplace_back();
+      if (!read(group, hypers.back())) return false;
+      for (py::handle parameter : get(group, "params")) {
+        const Tensor &w = unpack(parameter), &g = w.grad();
+        const bool perturbed = n < backups.size() && PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n), 0) == parameter.ptr();
+        if (!perturbed && !g.defined()) continue;
+        if (!plain(w) || (g.defined() && !plain(g)) || (hypers.back().lr_tensor && lr_device_ != w.device())) return false;
+        entries.add(w, hypers.size() - 1);
+        if (perturbed) entries.set(kBackup, unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n++), 1)), false);
+        if (g.defined()) {
+          entries.set(kG, g, grad_scale.has_value());
+          add_state(entries, hypers.back(), group, parameter, states, create, updates);
+        }
+        changed.push_back(&w);
+      }
+    }
+    if (n < backups.size()) return false;  // groups have changed between the passes
+    for (const Tensor* w : changed) bump(*w);
+    run_update<Method>(entries, hypers, grad_scale, found_inf, check_gradients, true);
+    return true;
+  }
+
+  // lr as a number, or on a GPU as a tensor that may change under a captured graph. False: leave it to torch.
+  template <class Hyper> bool read_lr(py::handle group, Hyper& h) {
+    const py::handle lr = get(group, "lr");
+    h.lr_tensor = nullptr;
+    if (is_number(lr)) {
+      h.lr = lr.cast<double>();
+    } else {
+      const Tensor& t = unpack(lr);
+      if (t.is_cuda() && t.scalar_type() != at::kFloat) return false;
+      if (t.is_cuda())
+        h.lr_tensor = floats(t), lr_device_ = t.device();
+      else
+        h.lr = t.item<double>();
+    }
+    return true;
+  }
+  bool read(py::handle group, Sgd::Hyper& h) {
+    memset(&h, 0, sizeof h);  // padding too: batches compare bytes
+    for (const char* key : {"weight_decay", "momentum", "dampening"})
+      if (!is_number(get(group, key))) return false;
+    h.weight_decay = get(group, "weight_decay").cast<double>(), h.momentum = get(group, "momentum").cast<double>();
+    h.dampening = get(group, "dampening").cast<double>();
+    h.nesterov = is_true(get(group, "nesterov")), h.maximize = is_true(get(group, "maximize"));
+    return read_lr(group, h);
+  }
+  bool read(py::handle group, Adam::Hyper& h) {
+    memset(&h, 0, sizeof h);
+    const auto betas = get(group, "betas").cast<py::sequence>();
+    if (is_true(get(group, "amsgrad")) || !is_number(betas[0]) || !is_number(betas[1])) return false;
+    for (const char* key : {"weight_decay", "eps"})
+      if (!is_number(get(group, key))) return false;
+    h.weight_decay = get(group, "weight_decay").cast<double>(), h.eps = get(group, "eps").cast<double>();
+    h.beta1 = betas[0].cast<double>(), h.beta2 = betas[1].cast<double>();
+    h.decoupled = decoupled_ || is_true(get(group, "decoupled_weight_decay")), h.maximize = is_true(get(group, "maximize"));
+    return read_lr(group, h);
+  }
+
+  void add_state(Entries& entries, const Sgd::Hyper& h, py::handle group, py::handle parameter, States& states,
+                 const py::function& create, const py::dict& updates) {
+    if (h.momentum == 0) return;
+    py::handle own = states.find(parameter), buffer;
+    const bool fresh = !own || !(buffer = get(own, "momentum_buffer")) || buffer.is_none();
+    py::object created;
+    if (fresh) {
+      created = create(parameter, group);
+      buffer = get(created, "momentum_buffer");
+    }
+    entries.set(kM, unpack(buffer), true);
+    if (h.dampening == 0) return;
+    // The first momentum is the gradient, without dampening: ask the device whether an update has happened.
+    if (!updates.contains(parameter))
+      updates[parameter] = at::full({}, fresh ? 0. : 1., unpack(buffer).options().dtype(at::kFloat));
+    entries.list.back().ptr[kUpdatePointers<Sgd> - 1] = floats(unpack(updates[parameter]));
+  }
+  void add_state(Entries& entries, const Adam::Hyper&, py::handle group, py::handle parameter, States& states,
+                 const py::function& create, const py::dict&) {
+    py::object own = py::reinterpret_borrow<py::object>(states.find(parameter));
+    if (!own || !get(own, "exp_avg")) own = create(parameter, group);
+    entries.set(kM, unpack(get(own, "exp_avg")), true);
+    entries.set(kV, unpack(get(own, "exp_avg_sq")), true);
+    const at::Device device = entries.list.back().device;
+    const Tensor& step = unpack(get(own, "step"));
+    if (step.device() != device || step.scalar_type() != at::kFloat)
+      own["step"] = step.to(device, at::kFloat).clone();
+    entries.list.back().ptr[kUpdatePointers<Adam> - 1] = floats(unpack(get(own, "step")));
+  }
+
+  template <class Method>
+  void run_update(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const c10::optional<Tensor>& grad_scale,
+                  const c10::optional<Tensor>& found_inf, bool check_gradients, bool count) {
+    const py::gil_scoped_release release;
+    entries.sort();
+    if (check_gradients) {
+      std::vector<Entry> with_gradient;
+      for (const Entry& e : entries.list)
+        if (e.ptr[kG] && e.numel) with_gradient.push_back(e), with_gradient.back().group = 0;
+      mup2::norms(with_gradient, {{1, 1}}, kSam, second_);
+    }
+    per_device(entries.list, [&](const Entry* begin, const Entry* end, at::Device device) {
+      const bool known = workspaces_.count(device);
+      Workspace& ws = workspace(workspaces_, device);
+      if (!known) share_flag(ws);
+      Control control = ws.control();
+      Tensor scale, inf;
+      if (grad_scale) control.grad_scale = floats(scale = grad_scale->to(device, at::kFloat));
+      if (found_inf) control.found_inf = floats(inf = found_inf->to(device, at::kFloat));
+      if (check_gradients && second_.count(device)) control.nonfinite_second = second_.at(device).control().nonfinite;
+      if (count) control.skipped = ws.skipped.data_ptr<int64_t>();
+      count = false;
+      update<Method>(begin, end, hypers, control);
+    });
+    entries.copy_back();
+  }
+
+  py::list backups_;
+  Workspaces workspaces_{device_order}, second_{device_order};
+  std::map<at::Device, std::vector<int>, bool (*)(at::Device, at::Device)> order_{device_order};
+  at::Device lr_device_ = at::kCPU;
+  bool decoupled_ = false;
+};
+
+// ---------------------------------------------------------------------------------------------- compiled: operators
+
+// Entries of an operator's lists, which are all of one device; order: numbers of the non-empty ones, as kernels have them.
+struct Lists {
+  Entries entries;
+  Tensor order;
+
+  void add(at::TensorList w, std::initializer_list<std::tuple<int, at::TensorList, bool>> others, bool bumps) {
+    for (size_t i = 0; i < w.size(); ++i) {
+      if (bumps) bump(w[i]);
+      TORCH_CHECK(w[i].device() == w[0].device(), "tensors of one call must be on one device");
+      if (w[i].numel() == 0) continue;
+      entries.add(w[i], i).index = i;
+      for (auto& [which, list, written] : others) {
+        TORCH_CHECK(list.empty() || list.size() == w.size(), "lists must have equal lengths, or none of an optional one");
+        if (!list.empty()) entries.set(which, list[i], written);
+      }
+    }
+    entries.sort();
+  }
+  Tensor numbers(at::Device device) const {
+    Tensor t = at::empty({int64_t(entries.list.size())}, at::kLong);
+    for (size_t i = 0; i < entries.list.size(); ++i) t.data_ptr<int64_t>()[i] = entries.list[i].index;
+    return t.to(device);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint_norm(at::TensorList w, at::TensorList g, at::ArrayRef<double> rho,
+                                                      at::ArrayRef<double> gradnorm_scaling, c10::string_view variant) {
+  TORCH_CHECK(!w.empty() && rho.size() == w.size() && gradnorm_scaling.size() == w.size(), "joint_norm needs a gradient, a rho "
+              "and a gradnorm_scaling for each of one or more tensors");
+  Lists lists;
+  lists.add(w, {{kG, g, false}}, false);
+  std::vector<Radius> radii;
+  for (size_t i = 0; i < w.size(); ++i) radii.push_back({rho[i], gradnorm_scaling[i]});
+  Workspaces all{device_order};
+  const at::Device device = w[0].device();
+  norms(lists.entries.list, radii, variant_of(std::string(variant)), all);
+  Workspace& ws = workspace(all, device);
+  const int64_t n = lists.entries.list.size(), total = w.size();
+  if (n == 0) ws.reserve(0, 0, false), ws.doubles.zero_();
+  const auto scattered = [&](const Tensor& x) {
+    return at::zeros({total}, x.options()).index_copy(0, lists.numbers(device), x);
+  };
+  const Tensor& d = ws.doubles;
+  return {d[0].clone(), scattered(d.slice(0, 2 + 2 * n, 2 + 3 * n)), scattered(d.slice(0, 2, 2 + n)).sqrt(), ws.ints.slice(0, 0, 1).clone()};
+}
+
+void perturb_(at::TensorList w, at::TensorList g, at::TensorList backup, const Tensor& coefficients, c10::string_view variant) {
+  Lists lists;
+  lists.add(w, {{kG, g, false}, {kBackup, backup, true}}, true);
+  const Tensor c = coefficients.to(at::kDouble).index_select(0, lists.numbers(coefficients.device()));
+  per_device(lists.entries.list, [&](const Entry* begin, const Entry* end, at::Device device) {
+    TORCH_CHECK(c.device() == device, "coefficients must be on the device of the tensors");
+    perturb(begin, end, c.data_ptr<double>(), variant_of(std::string(variant)));
+  });
+  lists.entries.copy_back();
+}
+
+template <class Method> void update_lists(Lists& lists, const std::vector<typename Method::Hyper>& hypers, const c10::optional<Tensor>& skip) {
+  per_device(lists.entries.list, [&](const Entry* begin, const Entry* end, at::Device device) {
+    Workspace ws(device);
+    Control control = ws.control();
+    Tensor flag;
+    if (skip) control.nonfinite = ints(flag = skip->to(device, at::kInt));
+    update<Method>(begin, end, hypers, control);
+  });
+  lists.entries.copy_back();
+}
+
+void restore_(at::TensorList w, at::TensorList backup) {
+  Lists lists;
+  lists.add(w, {{kBackup, backup, false}}, true);
+  update_lists<Sgd>(lists, std::vector<Sgd::Hyper>(w.size()), {});
+}
+
+template <class Hyper> Tensor set_lr(Hyper& h, const Tensor& lr, const at::TensorList w) {
+  const Tensor on_device = !w.empty() && w[0].is_cuda() && lr.is_cuda() ? lr.to(w[0].device(), at::kFloat) : lr;
+  h.lr_tensor = on_device.is_cuda() ? floats(on_device) : nullptr;
+  h.lr = h.lr_tensor ? 0 : lr.item<double>();
+  return on_device;  // to be kept while kernels may read it
+}
+
+void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList momentum_buffer, at::TensorList steps,
+          const Tensor& lr, double weight_decay, double momentum, double dampening, bool nesterov, bool maximize,
+          const c10::optional<Tensor>& skip) {
+  Lists lists;
+  TORCH_CHECK(dampening == 0 || steps.size() == w.size(), "dampening needs the number of updates of each tensor");
+  lists.add(w, {{kG, g, false}, {kBackup, backup, false}, {kM, momentum_buffer, true}}, true);
+  for (Entry& e : lists.entries.list)
+    if (!steps.empty()) e.ptr[kUpdatePointers<Sgd> - 1] = floats(steps[e.index]);
+  Sgd::Hyper h = {0, weight_decay, momentum, dampening, nullptr, nesterov, maximize};
+  const Tensor keep = set_lr(h, lr, w);
+  update_lists<Sgd>(lists, std::vector<Sgd::Hyper>(w.size(), h), skip);
+}
+
+void adam_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+           at::TensorList steps, const Tensor& lr, double weight_decay, double beta1, double beta2, double eps, bool decoupled,
+           bool maximize, const c10::optional<Tensor>& skip) {
+  Lists lists;
+  TORCH_CHECK(exp_avg.size() == w.size() && exp_avg_sq.size() == w.size() && steps.size() == w.size(), "lists must have equal lengths");
+  lists.add(w, {{kG, g, false}, {kBackup, backup, false}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}}, true);
+  for (Entry& e : lists.entries.list) e.ptr[kUpdatePointers<Adam> - 1] = floats(steps[e.index]);
+  Adam::Hyper h = {0, weight_decay, beta1, beta2, eps, nullptr, decoupled, maximize};
+  const Tensor keep = set_lr(h, lr, w);
+  update_lists<Adam>(lists, std::vector<Adam::Hyper>(w.size(), h), skip);
+}
+
+TORCH_LIBRARY(mup2, m) {
+  m.def("joint_norm(Tensor[] w, Tensor[] g, float[] rho, float[] gradnorm_scaling, str variant) -> "
+        "(Tensor norm, Tensor coefficients, Tensor norms, Tensor nonfinite)");
+  m.def("perturb_(Tensor(a!)[] w, Tensor[] g, Tensor(b!)[] backup, Tensor coefficients, str variant) -> ()");
+  m.def("restore_(Tensor(a!)[] w, Tensor[] backup) -> ()");
+  m.def("sgd_(Tensor(a!)[] w, Tensor[] g, Tensor[] backup, Tensor(b!)[] momentum_buffer, Tensor(c!)[] steps, Tensor lr, *, "
+        "float weight_decay=0, float momentum=0, float dampening=0, bool nesterov=False, bool maximize=False, "
+        "Tensor? skip=None) -> ()");
+  m.def("adam_(Tensor(a!)[] w, Tensor[] g, Tensor[] backup, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+        "Tensor(d!)[] steps, Tensor lr, *, float weight_decay=0, float beta1=0.9, float beta2=0.999, float eps=1e-8, "
+        "bool decoupled=True, bool maximize=False, Tensor? skip=None) -> ()");
+}
+
+void implement(torch::Library& m) {
+  m.impl("joint_norm", joint_norm);
+  m.impl("perturb_", perturb_);
+  m.impl("restore_", restore_);
+  m.impl("sgd_", sgd_);
+  m.impl("adam_", adam_);
+}
+TORCH_LIBRARY_IMPL(mup2, CPU, m) { implement(m); }
+#ifdef MUP2_CUDA
+TORCH_LIBRARY_IMPL(mup2, CUDA, m) { implement(m); }
+#endif
+
+// (tensor, first element, number of elements) of each chunk of interest, for tensors of any size, without memory.
+std::vector<std::tuple<int64_t, int64_t, int64_t>> walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& chunks) {
+  std::vector<Entry> entries(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) entries[i].numel = sizes[i];
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
+  in_batches<PerturbBatch>(entries.data(), entries.data() + entries.size(), {}, [&](const PerturbBatch& batch, Types) {
+    for (int64_t chunk : chunks) {
+      const int64_t local = chunk - batch.first_partial;
+      if (local < 0 || local >= batch.n_chunks) continue;
+      const Chunk c = locate(batch, local);
+      found.emplace_back(batch.first_tensor + c.item, c.begin, c.count);
+    }
+  });
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<>())
+      .def("climb", &Plan::climb)
+      .def("descend", &Plan::descend)
+      .def("restore", &Plan::restore)
+      .def("finite", &Plan::finite)
+      .def("skipped", &Plan::skipped)
+      .def("norms", &Plan::norms);
+  m.def("walk", walk);
+  m.attr("chunk") = kChunk;
+  m.attr("instruction_set") = cpu().name;
+  m.attr("cuda") =
+#ifdef MUP2_CUDA
+      true;
+#else
+      false;
+#endif
+}
+
+}  // namespace mup2

@@ -1,0 +1,140 @@
+// The CPU kernels: included once per instruction set (MUP2_ISA), with the compiler's target set around it.
+// Plain loops, which the compiler vectorizes; one chunk's data fits into a core's caches, so it is gone over more than once.
+namespace mup2 {
+namespace {
+
+constexpr int kBlock = 512;  // weights computed before they are written out together
+
+// memcpy that, where it pays, bypasses the caches: saves reading what is overwritten whole.
+inline void copy(void* to, const void* from, size_t bytes, bool streaming) {
+  size_t done = 0;
+#ifdef MUP2_STREAM
+  if (streaming && uintptr_t(to) % sizeof(MUP2_VECTOR) == 0)
+    for (; done + sizeof(MUP2_VECTOR) <= bytes; done += sizeof(MUP2_VECTOR)) {
+      MUP2_VECTOR x;
+      memcpy(&x, (const char*)from + done, sizeof x);
+      MUP2_STREAM((MUP2_VECTOR*)((char*)to + done), x);
+    }
+#endif
+  if (done < bytes) memcpy((char*)to + done, (const char*)from + done, bytes - done);
+}
+inline void drain(bool streaming) {
+#ifdef MUP2_STREAM
+  if (streaming) _mm_sfence();
+#endif
+}
+
+// Sum of squares of T g over one chunk, in the order of the CUDA kernel: kVector<G> columns per thread, then tree().
+template <class A, int variant, class W, class G> double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
+  constexpr int columns = kThreads * kVector<G>;
+  A hi[columns] = {}, lo[columns] = {};
+  for (int start = 0; start < n; start += columns) {
+    const int width = n - start < columns ? n - start : columns;
+    const W* __restrict w_row = w + start;
+    const G* __restrict g_row = g + start;
+    for (int i = 0; i < width; ++i) {
+      Sum<A> s = {hi[i], lo[i]};
+      add_square(s, A(term<variant, Wide<W>>(widen(w_row[i]), widen(g_row[i]))));
+      hi[i] = s.hi, lo[i] = s.lo;
+    }
+  }
+  double threads[kThreads] = {};
+  for (int j = 0; j < kVector<G>; ++j)
+    for (int i = 0; i < kThreads; ++i) threads[i] += double(hi[i * kVector<G> + j]) + double(lo[i * kVector<G> + j]);
+  return tree(threads);
+}
+
+// float32 sums leave their range beyond gradients of 1e19: such a chunk is summed again in float64.
+template <int variant, class W, class G> double chunk_sum(const W* w, const G* g, int n) {
+  const double sum = sum_squares<Wide<W>, variant>(w, g, n);
+  return is_finite(sum) ? sum : sum_squares<double, variant>(w, g, n);
+}
+
+template <class W, class G>
+void norm_chunk(const Item<2>& item, const Chunk& c, const NormState& state, int64_t partial, Variant variant) {
+  const W* w = (const W*)item.ptr[kW] + c.begin;
+  const G* g = (const G*)item.ptr[kG] + c.begin;
+  state.partials[partial] = variant == kElementwise ? chunk_sum<kElementwise>(w, g, c.count) : chunk_sum<kSam>(w, g, c.count);
+  if (variant == kLayerwise) state.partials[state.n_partials + partial] = chunk_sum<kSam>(w, w, c.count);
+}
+
+void norm(const NormBatch& batch, const NormState& state, Types types, Variant variant, int64_t begin, int64_t end) {
+  with_types(types, [&](auto w, auto g) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Chunk c = locate(batch, i);
+      norm_chunk<decltype(w), decltype(g)>(batch.items[c.item], c, state, batch.first_partial + i, variant);
+    }
+  });
+}
+
+template <int variant, class W, class G> void perturb_block(W* __restrict w, const G* __restrict g, Wide<W> c, int n) {
+  for (int i = 0; i < n; ++i) w[i] = narrow<W>(perturbed<variant, Wide<W>>(widen(w[i]), widen(g[i]), c));
+}
+
+void perturb(const PerturbBatch& batch, const double* coefficient, Types types, Variant variant, bool streaming,
+             int64_t begin, int64_t end) {
+  with_types(types, [&](auto w_type, auto g_type) {
+    using W = decltype(w_type);
+    using G = decltype(g_type);
+    for (int64_t i = begin; i < end; ++i) {
+      const Chunk c = locate(batch, i);
+      const Item<3>& item = batch.items[c.item];
+      W* w = (W*)item.ptr[kW] + c.begin;
+      const G* g = (const G*)item.ptr[kG] + c.begin;
+      const Wide<W> factor = coefficient[batch.first_tensor + c.item];
+      copy((W*)item.ptr[kBackup] + c.begin, w, c.count * sizeof(W), streaming);
+      if (factor == 0) continue;
+      variant == kElementwise ? perturb_block<kElementwise>(w, g, factor, c.count) : perturb_block<kSam>(w, g, factor, c.count);
+    }
+  });
+  drain(streaming);
+}
+
+template <class Method, bool moments, class W, class G, class Rule>
+void update_block(const Rule& rule, const W* __restrict base, const G* __restrict g, W* __restrict m, W* __restrict v,
+                  W* __restrict out, int n) {
+  constexpr bool second = Method::kMoments > 1;
+  for (int i = 0; i < n; ++i) {
+    Wide<W> mi = moments ? widen(m[i]) : 0, vi = second ? widen(v[i]) : 0;
+    out[i] = narrow<W>(Method::template apply<moments>(rule, widen(base[i]), Wide<W>(widen(g[i])), mi, vi));
+    if (moments) m[i] = narrow<W>(mi);
+    if (second) v[i] = narrow<W>(vi);
+  }
+}
+
+template <class Method, class W, class G>
+void update_chunk(const UpdateBatch<Method>& batch, const Control& control, const Chunk& c, bool streaming) {
+  const auto& item = batch.items[c.item];
+  const auto at = [&](int which, auto type) { return item.ptr[which] ? (decltype(type)*)item.ptr[which] + c.begin : nullptr; };
+  W *w = at(kW, W{}), *base = item.ptr[kBackup] ? at(kBackup, W{}) : w, *m = at(kM, W{}), *v = nullptr;
+  if (Method::kMoments > 1) v = at(kV, W{});
+  G* g = at(kG, G{});
+  if (!g || skips(control)) {
+    if (base != w) copy(w, base, c.count * sizeof(W), streaming);
+    return;
+  }
+  if (control.grad_scale)
+    for (int i = 0; i < c.count; ++i) g[i] = narrow<G>(widen(g[i]) / Wide<G>(*control.grad_scale));
+  const auto rule = Method::template prepare<Wide<W>>(batch.groups[item.group], (const float*)item.ptr[kUpdatePointers<Method> - 1]);
+  for (int start = 0; start < c.count; start += kBlock) {
+    const int n = c.count - start < kBlock ? c.count - start : kBlock;
+    alignas(64) W out[kBlock];
+    if (m)
+      update_block<Method, true>(rule, base + start, g + start, m + start, v + start, out, n);
+    else
+      update_block<Method, false>(rule, base + start, g + start, m, v, out, n);
+    copy(w + start, out, n * sizeof(W), streaming);
+  }
+}
+
+template <class Method>
+void update(const UpdateBatch<Method>& batch, const Control& control, Types types, bool streaming, int64_t begin, int64_t end) {
+  with_types(types, [&](auto w, auto g) {
+    for (int64_t i = begin; i < end; ++i)
+      update_chunk<Method, decltype(w), decltype(g)>(batch, control, locate(batch, i), streaming);
+  });
+  drain(streaming);
+}
+
+}  // namespace
+}  // namespace mup2

@@ -1,0 +1,140 @@
+"""The fused twin of mup2_ref.SAM: the same optimizer in three passes over memory, on the CPU and on CUDA.
+
+    norm              joint norm and every tensor's coefficient
+    backup + perturb  w~ = w + c T² g
+    restore + update  w back, and SGD's or Adam's step from it
+
+mup2_ref.py explains the method and is the specification; here only its tensor functions are replaced. Operators for
+torch.compile are in torch.ops.mup2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mup2_ref
+
+try:
+    from mup2_fused import _C
+except ImportError as error:
+    raise ImportError(
+        "the compiled part of mup2_fused is missing or does not fit this torch "
+        f"({torch.__version__}): {error}. Build it with `python setup.py build_ext --inplace` in the source folder, or "
+        "`pip install --no-build-isolation .`; mup2_ref.SAM needs no compiler."
+    ) from error
+
+__all__ = ["SAM"]
+
+built_with_cuda: bool = _C.cuda
+instruction_set: str = _C.instruction_set  # of the CPU kernels; MUP2_CPU=baseline, avx2 or avx512 chooses
+
+
+class SAM(mup2_ref.SAM):
+    """Drop-in for mup2_ref.SAM: same arguments, groups, methods, errors and state_dict. See there.
+
+    Restoring and updating are one pass for torch.optim.SGD, Adam and AdamW (without amsgrad, without hooks on the base
+    optimizer); any other base optimizer steps by itself after a restoring pass. Parameters are float32, float64,
+    bfloat16 or float16, on CPUs and GPUs, with gradients of the same type or float32.
+
+    On a GPU nothing waits for the host: a gradient that is not finite sets a flag there, and skipped_steps reads it when
+    asked. (With a base optimizer of the other kind, one flag is read per step.) Work goes to the stream that is current
+    in each call; calls of one optimizer on several streams must be ordered by the caller. Backups stay allocated from
+    step to step: one copy of the perturbed weights.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._start()
+        super().__init__(*args, **kwargs)
+
+    def _start(self) -> None:
+        self._plan = _C.Plan()
+        self._copied_finite: bool | None = None  # of an optimizer that was copied between the passes
+        self._skipped_before = 0
+        self._updates: dict[Tensor, Tensor] = {}  # groups with dampening: number of updates, on the device
+
+    @property
+    def _finite(self) -> bool:
+        return self._plan.finite() if self._copied_finite is None else self._copied_finite
+
+    @_finite.setter
+    def _finite(self, value: bool) -> None:
+        self._copied_finite = value
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._skipped_before + self._plan.skipped()
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skipped_before = value - self._plan.skipped()
+
+    def _climb(self) -> None:
+        self._copied_finite = None
+        self._backup = self._plan.climb(self.param_groups, self.variant)
+        if self._backup is None:
+            super()._climb()  # says what is wrong with a gradient
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self._backup is not None:
+            self._plan.restore(self._backup)
+            self._backup = None
+
+    def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        method = self._fused_method()
+        if method and self._plan.descend(
+            method,
+            self.param_groups,
+            self.state,
+            self._backup,
+            self._create_state,
+            self._updates,
+            scale,
+            found_inf,
+            self.skip_nonfinite,
+        ):
+            self._backup = None
+        else:
+            super()._descend(scale, found_inf)
+
+    def _fused_method(self) -> str | None:
+        """The kernel that does what base_optimizer.step() would, if there is one."""
+        base = self.base_optimizer
+        hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+        if hooks or self._copied_finite is not None:
+            return None
+        return {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}.get(type(base))
+
+    def _create_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What the base optimizer's first step would put into state[p], at zero."""
+        keys = ["momentum_buffer"] if "momentum" in group else ["exp_avg", "exp_avg_sq"]
+        state = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in keys}
+        if "betas" in group:
+            state = {"step": torch.zeros((), device=p.device)} | state
+        self.state[p].update(state)
+        return self.state[p]
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        # Step counts live on the device here; torch keeps them on the host unless these options are set.
+        for group in state["param_groups"]:
+            if not (group.get("capturable") or group.get("fused")):
+                for i in group["params"]:
+                    own = state["state"].get(i, {})
+                    if torch.is_tensor(own.get("step")):
+                        state["state"][i] = own | {"step": own["step"].cpu()}
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_updates": self._updates}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" in state:  # a copy, not load_state_dict
+            self._start()
+        super().__setstate__(state)
+        for name in ("skipped_steps", "_finite"):  # properties here
+            if name in self.__dict__:
+                setattr(self, name, self.__dict__.pop(name))
