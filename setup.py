@@ -1,4 +1,4 @@
-"""Builds csrc/ into mup2_fused._C: for the CPU always, for CUDA when torch has it and a toolkit is found (no GPU needed).
+"""Builds csrc/ into mup2_fused._C: for the CPU always, for CUDA when torch has it and a toolkit is there (no GPU needed).
 
 MUP2_CUDA=1 insists on CUDA, MUP2_CUDA=0 leaves it out; CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST the GPUs.
 """
@@ -44,7 +44,7 @@ def extension():
     sources = ["bindings.cpp", "cpu_baseline.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"]
     # No contraction of a * b + c: rounding as in mup2_ref.py. No errno, no traps: loops with sqrt vectorize.
     cxx = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    headers = [f"csrc/{name}" for name in ("mup2_math.h", "kernels.h", "cpu_kernels.h")]
+    headers = [f"csrc/{name}" for name in ("mup2_math.h", "batches.h", "kernels.h", "cpu_kernels.h")]
     options = {"include_dirs": ["csrc"], "depends": headers, "extra_compile_args": {"cxx": cxx}}
     options["extra_link_args"] = ["-fopenmp"]
     if home:

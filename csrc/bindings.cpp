@@ -1,4 +1,5 @@
 // Between torch and the kernels: checks, layouts, devices, streams, memory. The only file that knows torch.
+#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <map>
 
+#include "batches.h"
 #include "kernels.h"
 #ifdef MUP2_CUDA
 #include <c10/cuda/CUDAStream.h>
@@ -58,25 +60,20 @@ bool same_order(const Tensor& a, const Tensor& b) {
 
 // One parameter in one launch. Tensors whose elements do not lie as the parameter's do are copied into its order, and the
 // kernels work on the copies; `written` ones are copied back.
-struct Entry {
-  void* ptr[6] = {};
-  int64_t numel = 0;
-  int group = 0, index = 0;
+struct DeviceEntry : Entry {
   at::Device device = at::kCPU;
-  Types types = {kF32, kF32};
-  std::tuple<int, int, int> bucket() const {
-    return {is_cuda(device) ? device.index() : -1, types.w, types.g};
-  }
+  int index = 0;  // the caller's number
+  std::tuple<int, int, int> bucket() const { return {is_cuda(device) ? device.index() : -1, types.w, types.g}; }
 };
 
 class Entries {
  public:
-  std::vector<Entry> list;
+  std::vector<DeviceEntry> list;
 
   // order: a tensor with the strides that all of this entry's tensors get.
-  Entry& add(const Tensor& w, int group) {
+  DeviceEntry& add(const Tensor& w, int group) {
     list.emplace_back();
-    Entry& e = list.back();
+    DeviceEntry& e = list.back();
     check_device(w);
     e.numel = w.numel(), e.group = group, e.device = w.device();
     e.types = {type_of(w), type_of(w)};
@@ -86,7 +83,7 @@ class Entries {
     return e;
   }
   void set(int which, const Tensor& t, bool written) {
-    Entry& e = list.back();
+    DeviceEntry& e = list.back();
     TORCH_CHECK(t.sizes() == order_.sizes() && t.device() == e.device, "a tensor of shape ", t.sizes(), " on ", t.device(),
                 " belongs to a parameter of shape ", order_.sizes(), " on ", e.device);
     if (which == kG) {
@@ -112,7 +109,7 @@ class Entries {
   }
   // By device and types, otherwise in order.
   void sort() {
-    const auto before = [](const Entry& a, const Entry& b) { return a.bucket() < b.bucket(); };
+    const auto before = [](const DeviceEntry& a, const DeviceEntry& b) { return a.bucket() < b.bucket(); };
     if (!std::is_sorted(list.begin(), list.end(), before)) std::stable_sort(list.begin(), list.end(), before);
   }
 
@@ -124,52 +121,6 @@ class Entries {
 };
 
 // ---------------------------------------------------------------------------------------------- entries to launches
-
-int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-// Calls launch(batch, types) for entries [begin, end) of one device, as few times as batches hold them. first_tensor
-// counts from `begin`; empty tensors take part without chunks.
-template <class B, class Launch>
-void in_batches(const Entry* begin, const Entry* end, const std::vector<typename B::GroupType>& groups, Launch launch) {
-  static thread_local B batch;
-  std::vector<int> group_in_batch(groups.size());
-  int64_t partials = 0;
-  const Entry* e = begin;
-  while (e != end) {
-    const Types types = e->types;
-    batch.n_items = batch.n_groups = batch.n_chunks = 0;
-    batch.first_tensor = e - begin, batch.first_partial = partials;
-    std::fill(group_in_batch.begin(), group_in_batch.end(), -1);
-    for (; e != end && batch.n_items < B::kCapacity; ++e) {
-      const int64_t chunks = chunks_of(e->numel);
-      if (e->types.w != types.w || e->types.g != types.g || (batch.n_chunks && batch.n_chunks + chunks > INT32_MAX)) break;
-      auto& item = batch.items[batch.n_items];
-      if constexpr (!std::is_same_v<typename B::GroupType, None>) {
-        int& group = group_in_batch[e->group];
-        for (uint32_t i = 0; group < 0 && i < batch.n_groups; ++i)
-          if (!memcmp(&batch.groups[i], &groups[e->group], sizeof groups[0])) group = i;
-        if (group < 0) {
-          if (batch.n_groups == B::kGroupCapacity) break;
-          group = batch.n_groups;
-          batch.groups[batch.n_groups++] = groups[e->group];
-        }
-        item.group = group;
-      }
-      item.first_chunk = batch.n_chunks;
-      item.tail = e->numel - (chunks - 1) * kChunk;
-      uintptr_t low_bits = 0;
-      for (int i = 0; i < B::kPointers; ++i) {
-        item.ptr[i] = e->ptr[i];
-        if (!(B::kPointers > 4 && i == B::kPointers - 1)) low_bits |= uintptr_t(e->ptr[i]);  // not the step count
-      }
-      item.aligned = low_bits % kVectorBytes == 0;
-      ++batch.n_items;
-      batch.n_chunks += chunks;
-    }
-    partials += batch.n_chunks;
-    launch(batch, types);
-  }
-}
 
 const CpuKernels& cpu() {
   static const CpuKernels& chosen = []() -> const CpuKernels& {
@@ -190,10 +141,10 @@ const CpuKernels& cpu() {
 }
 
 // More bytes than the last cache holds are better written past it.
-bool streams(const Entry* begin, const Entry* end) {
+bool streams(const DeviceEntry* begin, const DeviceEntry* end) {
   static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 1 << 25);
   int64_t bytes = 0;
-  for (const Entry* e = begin; e != end; ++e) bytes += e->numel * (e->types.w == kF64 ? 8 : e->types.w == kF32 ? 4 : 2);
+  for (const DeviceEntry* e = begin; e != end; ++e) bytes += e->numel * (e->types.w == kF64 ? 8 : e->types.w == kF32 ? 4 : 2);
   return 3 * bytes > cache;  // w, g and the backup
 }
 constexpr int64_t kGrain = 4;  // chunks; fewer are not worth another thread
@@ -237,37 +188,27 @@ struct Workspace {
 };
 
 // Norm of entries of one device into ws.
-void norm(const Entry* begin, const Entry* end, const std::vector<Radius>& radii, Variant variant, Workspace& ws) {
+void norm(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<Radius>& radii, Variant variant, Workspace& ws) {
   int64_t partials = 0, tensors = 0;
-  for (const Entry* e = begin; e != end; ++e) partials += chunks_of(e->numel), ++tensors;
+  for (const DeviceEntry* e = begin; e != end; ++e) partials += chunks_of(e->numel), ++tensors;
   ws.reserve(tensors, partials, variant == kLayerwise);
   const NormState& s = ws.state;
   const at::Device device = begin->device;
   in_batches<NormBatch>(begin, end, radii, [&](const NormBatch& batch, Types types) {
     if (is_cuda(device)) MUP2_ON_CUDA(cuda_norm(batch, s, types, variant, stream_of(device)));
     at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) { cpu().norm(batch, s, types, variant, a, b); });
-    for (uint32_t i = 0; i < batch.n_items; ++i) {
-      const auto& item = batch.items[i];
-      const int64_t first = batch.first_partial + item.first_chunk;
-      const int64_t n = (i + 1 < batch.n_items ? batch.items[i + 1].first_chunk : batch.n_chunks) - item.first_chunk;
-      const double w2 = variant == kLayerwise ? ordered_sum(s.partials + s.n_partials + first, n) : 0;
-      contribute(s, batch.first_tensor + i, batch.groups[item.group], variant == kLayerwise, ordered_sum(s.partials + first, n), w2);
-    }
+    for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, s, variant == kLayerwise);
   });
-  if (!is_cuda(device)) {
-    finish_norm(s, ordered_sum(s.contribution, tensors));
-    for (int i = 0; i < tensors; ++i) finish_coefficient(s, i);
-  }
+  if (!is_cuda(device)) finish_all(s, ordered_sum(s.contribution, tensors));
 }
 
 // Norm and coefficients again, from the square of a norm over more than this device's tensors.
 void combine(const Tensor& square, Workspace& ws, at::Device device) {
   if (is_cuda(device)) MUP2_ON_CUDA(cuda_combine(ws.state, square.data_ptr<double>(), stream_of(device)));
-  finish_norm(ws.state, *square.data_ptr<double>());
-  for (int i = 0; i < ws.state.n_tensors; ++i) finish_coefficient(ws.state, i);
+  finish_all(ws.state, *square.data_ptr<double>());
 }
 
-void perturb(const Entry* begin, const Entry* end, const double* coefficient, Variant variant) {
+void perturb(const DeviceEntry* begin, const DeviceEntry* end, const double* coefficient, Variant variant) {
   const at::Device device = begin->device;
   const bool streaming = streams(begin, end);
   in_batches<PerturbBatch>(begin, end, {}, [&](const PerturbBatch& batch, Types types) {
@@ -279,7 +220,7 @@ void perturb(const Entry* begin, const Entry* end, const double* coefficient, Va
 }
 
 template <class Method>
-void update(const Entry* begin, const Entry* end, const std::vector<typename Method::Hyper>& hypers, const Control& control) {
+void update(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<typename Method::Hyper>& hypers, const Control& control) {
   const at::Device device = begin->device;
   const bool streaming = streams(begin, end);
   Control launch_control = control;
@@ -300,7 +241,7 @@ void update(const Entry* begin, const Entry* end, const std::vector<typename Met
 }
 
 // f(begin, end, device) for the entries of each device, with that device current.
-template <class F> void per_device(std::vector<Entry>& list, F f) {
+template <class F> void per_device(std::vector<DeviceEntry>& list, F f) {
   for (size_t i = 0, j; i < list.size(); i = j) {
     for (j = i; j < list.size() && list[j].device == list[i].device;) ++j;
     const c10::DeviceGuard guard(list[i].device);
@@ -317,9 +258,9 @@ Workspace& workspace(Workspaces& all, at::Device device) {
 }
 
 // The joint norm over entries of any number of devices.
-void norms(std::vector<Entry>& list, const std::vector<Radius>& radii, Variant variant, Workspaces& all) {
+void norms(std::vector<DeviceEntry>& list, const std::vector<Radius>& radii, Variant variant, Workspaces& all) {
   std::vector<at::Device> devices;
-  per_device(list, [&](const Entry* begin, const Entry* end, at::Device device) {
+  per_device(list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
     norm(begin, end, radii, variant, workspace(all, device));
     devices.push_back(device);
   });
@@ -410,8 +351,8 @@ class Plan {
   // happened. state: optimizer.state; create(parameter, group) makes and returns what a parameter lacks in it; updates:
   // {parameter: number of updates}, filled here for groups with dampening.
   bool descend(const std::string& method, const py::list& groups, const py::dict& state, const py::list& backups,
-               const py::function& create, const py::dict& updates, const c10::optional<Tensor>& grad_scale,
-               const c10::optional<Tensor>& found_inf, bool check_gradients) {
+               const py::function& create, const py::dict& updates, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf, bool check_gradients) {
     decoupled_ = method == "adamw";  // torch before 2.7 does not say it in the groups
     return method == "sgd" ? descend_with<Sgd>(groups, state, backups, create, updates, grad_scale, found_inf, check_gradients)
                            : descend_with<Adam>(groups, state, backups, create, updates, grad_scale, found_inf, check_gradients);
@@ -476,10 +417,10 @@ class Plan {
     entries.sort();
     order_.clear();
     mup2::norms(list, radii, variant, workspaces_);
-    per_device(list, [&](const Entry* begin, const Entry* end, at::Device device) {
+    per_device(list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
       perturb(begin, end, workspace(workspaces_, device).state.coefficient, variant);
       auto& index = order_[device];
-      for (const Entry* e = begin; e != end; ++e) index.push_back(e->index);
+      for (const DeviceEntry* e = begin; e != end; ++e) index.push_back(e->index);
     });
     for (auto& [device, ws] : workspaces_)
       if (!order_.count(device)) share_flag(ws);
@@ -497,7 +438,7 @@ class Plan {
 
   template <class Method>
   bool descend_with(const py::list& groups, const py::dict& state, const py::list& backups, const py::function& create,
-                    const py::dict& updates, const c10::optional<Tensor>& grad_scale, const c10::optional<Tensor>& found_inf,
+                    const py::dict& updates, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                     bool check_gradients) {
     Entries entries;
     std::vector<typename Method::Hyper> hypers;
@@ -595,17 +536,17 @@ class Plan {
   }
 
   template <class Method>
-  void run_update(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const c10::optional<Tensor>& grad_scale,
-                  const c10::optional<Tensor>& found_inf, bool check_gradients, bool count) {
+  void run_update(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const std::optional<Tensor>& grad_scale,
+                  const std::optional<Tensor>& found_inf, bool check_gradients, bool count) {
     const py::gil_scoped_release release;
     entries.sort();
     if (check_gradients) {
-      std::vector<Entry> with_gradient;
-      for (const Entry& e : entries.list)
+      std::vector<DeviceEntry> with_gradient;
+      for (const DeviceEntry& e : entries.list)
         if (e.ptr[kG] && e.numel) with_gradient.push_back(e), with_gradient.back().group = 0;
       mup2::norms(with_gradient, {{1, 1}}, kSam, second_);
     }
-    per_device(entries.list, [&](const Entry* begin, const Entry* end, at::Device device) {
+    per_device(entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
       const bool known = workspaces_.count(device);
       Workspace& ws = workspace(workspaces_, device);
       if (!known) share_flag(ws);
@@ -680,15 +621,15 @@ void perturb_(at::TensorList w, at::TensorList g, at::TensorList backup, const T
   Lists lists;
   lists.add(w, {{kG, g, false}, {kBackup, backup, true}}, true);
   const Tensor c = coefficients.to(at::kDouble).index_select(0, lists.numbers(coefficients.device()));
-  per_device(lists.entries.list, [&](const Entry* begin, const Entry* end, at::Device device) {
+  per_device(lists.entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
     TORCH_CHECK(c.device() == device, "coefficients must be on the device of the tensors");
     perturb(begin, end, c.data_ptr<double>(), variant_of(std::string(variant)));
   });
   lists.entries.copy_back();
 }
 
-template <class Method> void update_lists(Lists& lists, const std::vector<typename Method::Hyper>& hypers, const c10::optional<Tensor>& skip) {
-  per_device(lists.entries.list, [&](const Entry* begin, const Entry* end, at::Device device) {
+template <class Method> void update_lists(Lists& lists, const std::vector<typename Method::Hyper>& hypers, const std::optional<Tensor>& skip) {
+  per_device(lists.entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
     Workspace ws(device);
     Control control = ws.control();
     Tensor flag;
@@ -713,11 +654,11 @@ template <class Hyper> Tensor set_lr(Hyper& h, const Tensor& lr, const at::Tenso
 
 void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList momentum_buffer, at::TensorList steps,
           const Tensor& lr, double weight_decay, double momentum, double dampening, bool nesterov, bool maximize,
-          const c10::optional<Tensor>& skip) {
+          const std::optional<Tensor>& skip) {
   Lists lists;
   TORCH_CHECK(dampening == 0 || steps.size() == w.size(), "dampening needs the number of updates of each tensor");
   lists.add(w, {{kG, g, false}, {kBackup, backup, false}, {kM, momentum_buffer, true}}, true);
-  for (Entry& e : lists.entries.list)
+  for (DeviceEntry& e : lists.entries.list)
     if (!steps.empty()) e.ptr[kUpdatePointers<Sgd> - 1] = floats(steps[e.index]);
   Sgd::Hyper h = {0, weight_decay, momentum, dampening, nullptr, nesterov, maximize};
   const Tensor keep = set_lr(h, lr, w);
@@ -726,11 +667,11 @@ void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorL
 
 void adam_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList exp_avg, at::TensorList exp_avg_sq,
            at::TensorList steps, const Tensor& lr, double weight_decay, double beta1, double beta2, double eps, bool decoupled,
-           bool maximize, const c10::optional<Tensor>& skip) {
+           bool maximize, const std::optional<Tensor>& skip) {
   Lists lists;
   TORCH_CHECK(exp_avg.size() == w.size() && exp_avg_sq.size() == w.size() && steps.size() == w.size(), "lists must have equal lengths");
   lists.add(w, {{kG, g, false}, {kBackup, backup, false}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}}, true);
-  for (Entry& e : lists.entries.list) e.ptr[kUpdatePointers<Adam> - 1] = floats(steps[e.index]);
+  for (DeviceEntry& e : lists.entries.list) e.ptr[kUpdatePointers<Adam> - 1] = floats(steps[e.index]);
   Adam::Hyper h = {0, weight_decay, beta1, beta2, eps, nullptr, decoupled, maximize};
   const Tensor keep = set_lr(h, lr, w);
   update_lists<Adam>(lists, std::vector<Adam::Hyper>(w.size(), h), skip);

@@ -84,13 +84,13 @@ template <class T> MUP2_FN T narrow(Wide<T> x) { T y; round_to(y, x); return y; 
 struct Types { Type w, g; };  // g: that of w, or float
 
 // f(W{}, G{}) with the storage types of weights and gradients.
-template <class F> static inline void with_types(Types t, F f) {
+template <class F> static inline auto with_types(Types t, F f) {
   const bool wide_gradient = t.g == kF32;
   switch (t.w) {
     case kF32: return f(float{}, float{});
     case kF64: return wide_gradient ? f(double{}, float{}) : f(double{}, double{});
     case kBF16: return wide_gradient ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
-    case kF16: return wide_gradient ? f(Half{}, float{}) : f(Half{}, Half{});
+    default: return wide_gradient ? f(Half{}, float{}) : f(Half{}, Half{});
   }
 }
 
@@ -224,7 +224,7 @@ template <int P, class Group, int kItems, int kGroups = kMaxGroups> struct Batch
   static constexpr int kPointers = P, kCapacity = kItems, kGroupCapacity = kGroups;
   Item<P> items[kItems];
   Group groups[kGroups];
-  uint32_t n_items, n_groups, n_chunks;
+  uint32_t n_items, n_groups, n_chunks, counts_steps;
   int32_t first_tensor;   // number of items[0] in the optimizer's order
   int64_t first_partial;  // number of its first chunk
 };
@@ -241,7 +241,11 @@ template <class Method> constexpr int kUpdatePointers = 4 + Method::kMoments;
 template <class Method>
 using UpdateBatch = Batch<kUpdatePointers<Method>, typename Method::Hyper, capacity<kUpdatePointers<Method>, typename Method::Hyper>()>;
 
-struct Chunk { uint32_t item; int64_t begin; int count; };
+struct Chunk {
+  uint32_t item, chunks;  // and how many chunks that has
+  int64_t begin;          // first element
+  int count;
+};
 
 // Which elements of which tensor chunk number `chunk` of a launch covers: the last item that starts at or before it.
 template <class B> MUP2_FN Chunk locate(const B& batch, uint32_t chunk) {
@@ -252,7 +256,7 @@ template <class B> MUP2_FN Chunk locate(const B& batch, uint32_t chunk) {
   }
   const uint32_t end = high < batch.n_items ? batch.items[high].first_chunk : batch.n_chunks;
   const int64_t begin = int64_t(chunk - batch.items[low].first_chunk) * kChunk;
-  return {low, begin, chunk + 1 == end ? batch.items[low].tail : kChunk};
+  return {low, end - batch.items[low].first_chunk, begin, chunk + 1 == end ? batch.items[low].tail : kChunk};
 }
 
 // ------------------------------------------------------------------------------------------------ norm and phases

@@ -9,11 +9,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import IMPLEMENTATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-
-from conftest import IMPLEMENTATIONS
 
 VARIANTS = ("sam", "elementwise", "layerwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

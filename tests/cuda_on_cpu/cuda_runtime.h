@@ -1,0 +1,122 @@
+// A CUDA runtime that runs kernels on the CPU, for tests: put this folder before the toolkit's on the include path and
+// compile a .cu file with g++ -std=c++20 -x c++. One std::thread per CUDA thread, so that sanitizers see what the threads of
+// a block and of concurrent blocks do to each other.
+//
+// A few blocks run at a time, each on its own threads, the next ones on those of a finished one, in shuffled order. Between
+// blocks there is no synchronization but atomics and fences, and to ThreadSanitizer atomics alone order nothing: a fence
+// that is missing is a data race. Shared memory is filled with ones at the start of a block.
+#pragma once
+#include <atomic>
+#include <barrier>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define MUP2_SHARED(type, name) auto& name = cuda_on_cpu::shared<type>()
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1) : x(x) {}
+};
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
+
+namespace cuda_on_cpu {
+
+constexpr unsigned kWarpSize = 32, kConcurrentBlocks = 3, kSharedBytes = 48 << 10, kParameterBytes = 32764;
+inline unsigned long long launches = 0;  // also the seed of the order of blocks
+
+struct Block {
+  explicit Block(unsigned threads) : all(threads), exchange(threads) {
+    for (unsigned i = 0; i < threads; i += kWarpSize) warps.push_back(std::make_unique<std::barrier<>>(std::min(kWarpSize, threads - i)));
+  }
+  std::barrier<> all;
+  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  std::vector<double> exchange;
+  alignas(16) unsigned char memory[kSharedBytes];
+};
+inline thread_local Block* block;
+
+template <class T> T& shared() {
+  static_assert(sizeof(T) <= kSharedBytes);
+  return *reinterpret_cast<T*>(block->memory);
+}
+
+}  // namespace cuda_on_cpu
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline void __syncthreads() { cuda_on_cpu::block->all.arrive_and_wait(); }
+
+inline double __shfl_down_sync(unsigned, double x, unsigned distance) {
+  auto& b = *cuda_on_cpu::block;
+  const unsigned lane = threadIdx.x % cuda_on_cpu::kWarpSize;
+  auto& warp = *b.warps[threadIdx.x / cuda_on_cpu::kWarpSize];
+  b.exchange[threadIdx.x] = x;
+  warp.arrive_and_wait();
+  const double y = lane + distance < cuda_on_cpu::kWarpSize ? b.exchange[threadIdx.x + distance] : x;
+  warp.arrive_and_wait();
+  return y;
+}
+
+inline void __threadfence() {
+#if defined(__SANITIZE_THREAD__)
+  static char everything;
+  __tsan_acquire(&everything);
+  __tsan_release(&everything);
+#else
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+#endif
+}
+inline unsigned atomicAdd(unsigned* p, unsigned x) { return std::atomic_ref(*p).fetch_add(x, std::memory_order_relaxed); }
+inline unsigned atomicExch(unsigned* p, unsigned x) { return std::atomic_ref(*p).exchange(x, std::memory_order_relaxed); }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  using namespace cuda_on_cpu;
+  static_assert((sizeof(Parameters) + ... + 0) <= kParameterBytes, "too many bytes of kernel parameters");
+  const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+  if (blocks == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
+  std::vector<unsigned> order(blocks);
+  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+  std::mt19937_64 random(++launches);
+  for (unsigned i = blocks; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+
+  std::vector<std::unique_ptr<Block>> slots;
+  std::vector<std::thread> workers;
+  for (unsigned slot = 0; slot < std::min(blocks, kConcurrentBlocks); ++slot) {
+    slots.push_back(std::make_unique<Block>(threads));
+    for (unsigned t = 0; t < threads; ++t)
+      workers.emplace_back([&, slot, t, own = slots.back().get()] {
+        block = own, threadIdx = dim3(t), blockDim = config->blockDim, gridDim = config->gridDim;
+        for (unsigned i = slot; i < blocks; i += kConcurrentBlocks) {
+          blockIdx = dim3(order[i]);
+          if (t == 0) memset(own->memory, 0xff, kSharedBytes);
+          own->all.arrive_and_wait();
+          kernel(static_cast<const Parameters&>(arguments)...);
+          own->all.arrive_and_wait();
+        }
+      });
+  }
+  for (auto& worker : workers) worker.join();
+  return cudaSuccess;
+}
