@@ -1,5 +1,7 @@
 // The CPU kernels: included once per instruction set (MUP2_ISA), with the compiler's target set around it.
 // Plain loops, which the compiler vectorizes; one chunk's data fits into a core's caches, so it is gone over more than once.
+#define MUP2_LOOP __attribute__((noinline))  // where it is inlined, g++ forgets __restrict or unswitches at random
+
 namespace mup2 {
 namespace {
 
@@ -25,8 +27,9 @@ inline void drain(bool streaming) {
 }
 
 // Sum of squares of T g over one chunk, in the order of the CUDA kernel: kVector<G> columns per thread, then tree().
-template <class A, int variant, class W, class G> double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
+template <class A, int variant, class W, class G> MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
   constexpr int columns = kThreads * kVector<G>;
+  constexpr bool exact = sizeof(G) == 2 && variant != kElementwise;
   A hi[columns] = {}, lo[columns] = {};
   for (int start = 0; start < n; start += columns) {
     const int width = n - start < columns ? n - start : columns;
@@ -34,7 +37,7 @@ template <class A, int variant, class W, class G> double sum_squares(const W* __
     const G* __restrict g_row = g + start;
     for (int i = 0; i < width; ++i) {
       Sum<A> s = {hi[i], lo[i]};
-      add_square(s, A(term<variant, Wide<W>>(widen(w_row[i]), widen(g_row[i]))));
+      add_square<exact>(s, A(term<variant, Wide<W>>(widen(w_row[i]), widen(g_row[i]))));
       hi[i] = s.hi, lo[i] = s.lo;
     }
   }
@@ -67,7 +70,7 @@ void norm(const NormBatch& batch, const NormState& state, Types types, Variant v
   });
 }
 
-template <int variant, class W, class G> void perturb_block(W* __restrict w, const G* __restrict g, Wide<W> c, int n) {
+template <int variant, class W, class G> MUP2_LOOP void perturb_block(W* __restrict w, const G* __restrict g, Wide<W> c, int n) {
   for (int i = 0; i < n; ++i) w[i] = narrow<W>(perturbed<variant, Wide<W>>(widen(w[i]), widen(g[i]), c));
 }
 
@@ -90,15 +93,15 @@ void perturb(const PerturbBatch& batch, const double* coefficient, Types types, 
   drain(streaming);
 }
 
-template <class Method, bool moments, class W, class G, class Rule>
-void update_block(const Rule& rule, const W* __restrict base, const G* __restrict g, W* __restrict m, W* __restrict v,
+template <class Method, Momentum momentum, class W, class G, class Rule>
+MUP2_LOOP void update_block(const Rule rule, const W* __restrict base, const G* __restrict g, W* __restrict m, W* __restrict v,
                   W* __restrict out, int n) {
   constexpr bool second = Method::kMoments > 1;
   for (int i = 0; i < n; ++i) {
-    Wide<W> mi = moments ? widen(m[i]) : 0, vi = second ? widen(v[i]) : 0;
-    out[i] = narrow<W>(Method::template apply<moments>(rule, widen(base[i]), Wide<W>(widen(g[i])), mi, vi));
-    if (moments) m[i] = narrow<W>(mi);
-    if (second) v[i] = narrow<W>(vi);
+    Wide<W> mi = momentum != kNoMomentum ? widen(m[i]) : 0, vi = second ? widen(v[i]) : 0;
+    round_to(out[i], Method::template apply<momentum>(rule, widen(base[i]), Wide<W>(widen(g[i])), mi, vi));
+    if (momentum != kNoMomentum) round_to(m[i], mi);
+    if (second) round_to(v[i], vi);
   }
 }
 
@@ -119,10 +122,10 @@ void update_chunk(const UpdateBatch<Method>& batch, const Control& control, cons
   for (int start = 0; start < c.count; start += kBlock) {
     const int n = c.count - start < kBlock ? c.count - start : kBlock;
     alignas(64) W out[kBlock];
-    if (m)
-      update_block<Method, true>(rule, base + start, g + start, m + start, v + start, out, n);
-    else
-      update_block<Method, false>(rule, base + start, g + start, m, v, out, n);
+    const auto block = !m              ? update_block<Method, kNoMomentum, W, G, decltype(rule)>
+                       : rule.nesterov ? update_block<Method, kNesterov, W, G, decltype(rule)>
+                                       : update_block<Method, kMomentum, W, G, decltype(rule)>;
+    block(rule, base + start, g + start, m ? m + start : m, v ? v + start : v, out, n);
     copy(w + start, out, n * sizeof(W), streaming);
   }
 }

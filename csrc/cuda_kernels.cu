@@ -73,13 +73,14 @@ __device__ bool last_to_arrive(uint32_t* counter, uint32_t expected, Scratch& sc
 template <class A, int variant, class W, class G>
 __device__ double sum_squares(const W* w, const G* g, int n, bool aligned, Scratch& scratch) {
   constexpr int V = kVector<G>;
+  constexpr bool exact = sizeof(G) == 2 && variant != kElementwise;
   Sum<A> sums[V] = {};
   for (int i = threadIdx.x * V; i < n; i += kThreads * V) {
     const auto gs = load<G, V>(g + i, n - i, aligned);
     Pack<W, V> ws = {};
     if (variant == kElementwise) ws = load<W, V>(w + i, n - i, aligned);
 #pragma unroll
-    for (int j = 0; j < V; ++j) add_square(sums[j], A(term<variant, Wide<W>>(widen(ws.x[j]), widen(gs.x[j]))));
+    for (int j = 0; j < V; ++j) add_square<exact>(sums[j], A(term<variant, Wide<W>>(widen(ws.x[j]), widen(gs.x[j]))));
   }
   double x = 0;
 #pragma unroll
@@ -166,7 +167,9 @@ __device__ void update_pack(Pack<W, kVector<W>>& ws, G* g, W* m, W* v, const Rul
   for (int j = 0; j < V; ++j) {
     Wide<W> mj = widen(ms.x[j]), vj = widen(vs.x[j]);
     const Wide<W> wj = widen(ws.x[j]), gj = Wide<W>(widen(gs.x[j]));
-    ws.x[j] = narrow<W>(m ? Method::template apply<true>(rule, wj, gj, mj, vj) : Method::template apply<false>(rule, wj, gj, mj, vj));
+    ws.x[j] = narrow<W>(!m              ? Method::template apply<kNoMomentum>(rule, wj, gj, mj, vj)
+                        : rule.nesterov ? Method::template apply<kNesterov>(rule, wj, gj, mj, vj)
+                                        : Method::template apply<kMomentum>(rule, wj, gj, mj, vj));
     ms.x[j] = narrow<W>(mj), vs.x[j] = narrow<W>(vj);
   }
   if (m) store(m, ms, left, aligned);

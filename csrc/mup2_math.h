@@ -34,8 +34,8 @@ enum Type : uint8_t { kF32, kF64, kBF16, kF16 };
 
 // ------------------------------------------------------------------------------------------------ storage types
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+enum class BFloat16 : uint16_t {};  // enumerations, not structs: g++ vectorizes loops over them
+enum class Half : uint16_t {};
 
 template <class T> struct WideOf { using type = float; };
 template <> struct WideOf<double> { using type = double; };
@@ -47,16 +47,16 @@ MUP2_FN uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return 
 
 MUP2_FN float widen(float x) { return x; }
 MUP2_FN double widen(double x) { return x; }
-MUP2_FN float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+MUP2_FN float widen(BFloat16 x) { return from_bits(uint32_t(x) << 16); }
 MUP2_FN float widen(Half x) {
 #ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
+  return __half2float(__ushort_as_half(uint16_t(x)));
 #else
   // Without branches, so that it vectorizes: shift exponent and mantissa into place and rescale by 2^(127 - 15), exact
   // for subnormal numbers too; infinities and NaNs get the exponent that they would miss.
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t magnitude = (uint32_t(x) & 0x7fffu) << 13;
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return from_bits(to_bits(from_bits(magnitude) * 0x1p112f) | special | uint32_t(x.bits & 0x8000) << 16);
+  return from_bits(to_bits(from_bits(magnitude) * 0x1p112f) | special | (uint32_t(x) & 0x8000u) << 16);
 #endif
 }
 
@@ -64,11 +64,11 @@ MUP2_FN void round_to(float& to, float x) { to = x; }
 MUP2_FN void round_to(double& to, double x) { to = x; }
 MUP2_FN void round_to(BFloat16& to, float x) {
   const uint32_t bits = to_bits(x);
-  to.bits = x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to = BFloat16(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 MUP2_FN void round_to(Half& to, float x) {
 #ifdef __CUDA_ARCH__
-  to.bits = __half_as_ushort(__float2half_rn(x));
+  to = Half(__half_as_ushort(__float2half_rn(x)));
 #else
   // Adding 2^(e + 13), where 2^e is the magnitude of x (2^-14 at least), leaves the rounded mantissa in the last bits.
   const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffffu;
@@ -76,7 +76,7 @@ MUP2_FN void round_to(Half& to, float x) {
   const uint32_t e = (exponent > least ? exponent : least) + (13u << 23);
   const uint32_t rounded = to_bits(from_bits(magnitude) + from_bits(e)) - e + ((e - (126u << 23)) >> 13);
   const uint32_t finite = magnitude >= 0x477ff000u ? 0x7c00u : rounded;  // 65520 and more round to infinity
-  to.bits = (magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u);
+  to = Half((magnitude > 0x7f800000u ? 0x7e00u : finite) | (bits >> 16 & 0x8000u));
 #endif
 }
 template <class T> MUP2_FN T narrow(Wide<T> x) { T y; round_to(y, x); return y; }  // to nearest, ties to even
@@ -136,12 +136,12 @@ MUP2_FN float square_error(float x, float square) {
   return float(double(x) * double(x) - double(square));  // 48 bits: exact, and so is the rest
 #endif
 }
-MUP2_FN void add_square(Sum<float>& s, float x) {
+template <bool exact> MUP2_FN void add_square(Sum<float>& s, float x) {  // exact: x² is a float, as of 16-bit numbers
   const float square = x * x, hi = s.hi + square, t = hi - s.hi;
-  s.lo += ((s.hi - (hi - t)) + (square - t)) + square_error(x, square);
+  s.lo += ((s.hi - (hi - t)) + (square - t)) + (exact ? 0 : square_error(x, square));
   s.hi = hi;
 }
-MUP2_FN void add_square(Sum<double>& s, double x) { s.hi += x * x; }
+template <bool> MUP2_FN void add_square(Sum<double>& s, double x) { s.hi += x * x; }
 
 template <int variant, class R> MUP2_FN R term(R w, R g) { return variant == kElementwise ? g * magnitude(w) : g; }
 
@@ -152,6 +152,8 @@ template <int variant, class R> MUP2_FN R perturbed(R w, R g, R c) {
 
 // ------------------------------------------------------------------------------------------------ updates
 
+enum Momentum { kNoMomentum, kMomentum, kNesterov };  // known when compiling, or g++ does not vectorize
+
 // torch.optim.SGD
 struct Sgd {
   static constexpr int kMoments = 1;
@@ -160,20 +162,22 @@ struct Sgd {
     const float* lr_tensor;  // on the device; then lr is not read
     int32_t nesterov, maximize;
   };
-  template <class R> struct Rule { R lr, weight_decay, momentum, keep, sign; bool nesterov, first; };
+  template <class R> struct Rule {
+    R lr, weight_decay, momentum, decay, keep, sign;
+    bool nesterov;
+  };
 
   template <class R> MUP2_FN Rule<R> prepare(const Hyper& h, const float* steps) {
     const double lr = h.lr_tensor ? *h.lr_tensor : h.lr;
-    return {R(lr), R(h.weight_decay), R(h.momentum), R(1 - h.dampening), R(h.maximize ? -1 : 1), h.nesterov != 0,
-            steps && *steps == 0};
+    const bool first = steps && *steps == 0;  // m is 0, and becomes g
+    return {R(lr), R(h.weight_decay), R(h.momentum), R(first ? 0 : h.momentum), R(first ? 1 : 1 - h.dampening),
+            R(h.maximize ? -1 : 1), h.nesterov != 0};
   }
-  template <bool moments, class R> MUP2_FN R apply(const Rule<R>& r, R w, R g, R& m, R&) {
+  template <Momentum momentum, class R> MUP2_FN R apply(const Rule<R>& r, R w, R g, R& m, R&) {
     g = r.sign * g;
-    if (r.weight_decay != 0) g = fused(r.weight_decay, w, g);
-    if (moments) {
-      m = r.first ? g : fused(r.keep, g, m * r.momentum);
-      g = r.nesterov ? fused(r.momentum, m, g) : m;
-    }
+    g = r.weight_decay != 0 ? fused(r.weight_decay, w, g) : g;
+    if (momentum != kNoMomentum) m = fused(r.keep, g, m * r.decay);
+    g = momentum == kNesterov ? fused(r.momentum, m, g) : momentum == kMomentum ? m : g;
     return fused(-r.lr, g, w);
   }
 };
@@ -186,7 +190,10 @@ struct Adam {
     const float* lr_tensor;
     int32_t decoupled, maximize;
   };
-  template <class R> struct Rule { R shrink, weight_decay, keep1, beta2, keep2, correction2, eps, step_size, sign; };
+  template <class R> struct Rule {
+    R shrink, weight_decay, keep1, beta2, keep2, correction2, eps, step_size, sign;
+    static constexpr bool nesterov = false;
+  };
 
   template <class R> MUP2_FN Rule<R> prepare(const Hyper& h, const float* steps) {
     const double lr = h.lr_tensor ? *h.lr_tensor : h.lr;
@@ -195,10 +202,10 @@ struct Adam {
             R(1 - h.beta1), R(h.beta2), R(1 - h.beta2), R(root(1 - power(h.beta2, t))), R(h.eps),
             R(lr / (1 - power(h.beta1, t))), R(h.maximize ? -1 : 1)};
   }
-  template <bool, class R> MUP2_FN R apply(const Rule<R>& r, R w, R g, R& m, R& v) {
+  template <Momentum, class R> MUP2_FN R apply(const Rule<R>& r, R w, R g, R& m, R& v) {
     g = r.sign * g;
     w = w * r.shrink;
-    if (r.weight_decay != 0) g = fused(r.weight_decay, w, g);
+    g = r.weight_decay != 0 ? fused(r.weight_decay, w, g) : g;
     m = r.keep1 < R(0.5) ? fused(r.keep1, g - m, m) : g - (g - m) * (1 - r.keep1);
     v = fused(r.keep2 * g, g, v * r.beta2);
     return w + -r.step_size * m / (root(v) / r.correction2 + r.eps);
