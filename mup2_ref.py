@@ -421,10 +421,13 @@ def normalizer(w: Tensor, variant: str) -> Tensor | float:
 
 def joint_norm(tensors: list[tuple[Tensor, Tensor, float]], variant: str) -> Tensor:
     """sqrt(sum_l (s_l ||T g_l||)²) of (w_l, g_l, s_l), a float64 scalar: neither overflows nor loses small terms."""
-    norms = [
-        s * torch.linalg.vector_norm(_wide(g) * normalizer(_wide(w), variant), dtype=torch.float64)
-        for w, g, s in tensors
-    ]
+    norms = []
+    for w, g, s in tensors:
+        T = normalizer(_wide(w), variant)
+        if variant == "elementwise":
+            norms.append(s * torch.linalg.vector_norm(_wide(g) * T, dtype=torch.float64))
+        else:  # T is a number: ||T g|| = T ||g||
+            norms.append(s * T * torch.linalg.vector_norm(g, dtype=torch.float64))
     return (
         torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
         if norms

@@ -39,8 +39,8 @@ class SAM(mup2_ref.SAM):
     optimizer); any other base optimizer steps by itself after a restoring pass. Parameters are float32, float64,
     bfloat16 or float16, on CPUs and GPUs, with gradients of the same type or float32.
 
-    On a GPU nothing waits for the host: a gradient that is not finite sets a flag there, and skipped_steps reads it when
-    asked. (With a base optimizer of the other kind, one flag is read per step.) Work goes to the stream that is current
+    On a GPU nothing waits for the host: a gradient that is not finite sets a flag there, which skipped_steps reads.
+    (With a base optimizer of the other kind, one flag is read per step.) Work goes to the stream that is current
     in each call; calls of one optimizer on several streams must be ordered by the caller. Backups stay allocated from
     step to step: one copy of the perturbed weights.
     """
@@ -138,3 +138,14 @@ class SAM(mup2_ref.SAM):
         for name in ("skipped_steps", "_finite"):  # properties here
             if name in self.__dict__:
                 setattr(self, name, self.__dict__.pop(name))
+
+
+# What torch.compile needs to know of the operators: shapes of results; the others change their arguments only.
+@torch.library.register_fake("mup2::joint_norm")
+def _(w: list[Tensor], g: list[Tensor], rho: list[float], gradnorm_scaling: list[float], variant: str):
+    each = w[0].new_empty(len(w), dtype=torch.float64)
+    return each.new_empty(()), each, torch.empty_like(each), w[0].new_empty(1, dtype=torch.int32)
+
+
+for _name in ("perturb_", "restore_", "sgd_", "adam_"):
+    torch.library.register_fake(f"mup2::{_name}", lambda *args, **kwargs: None)

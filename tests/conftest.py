@@ -11,6 +11,15 @@ torch.set_num_threads(1)  # small tensors; steadier times when tests share the m
 import mup2_fused
 import mup2_ref
 
+
+def pytest_collection_modifyitems(items):
+    if not (torch.cuda.is_available() and mup2_fused.built_with_cuda):
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU and mup2_fused built with CUDA")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
+
+
 IMPLEMENTATIONS = {"mup2_ref": mup2_ref.SAM, "mup2_fused": mup2_fused.SAM}
 
 
