@@ -1,4 +1,4 @@
-"""Builds csrc/ into mup2_fused._C: for the CPU always, for CUDA when torch has it and a toolkit is there (no GPU needed).
+"""Builds csrc/ into mup2_fused._C: for the CPU always, for CUDA where torch has it and a toolkit is (no GPU needed).
 
 MUP2_CUDA=1 insists on CUDA, MUP2_CUDA=0 leaves it out; CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST the GPUs.
 """

@@ -23,7 +23,10 @@
 namespace mup2 {
 
 constexpr double kEps = 1e-12;
-constexpr int kThreads = 256;           // partial sums per chunk: threads of a CUDA block, columns of the CPU loop
+#ifndef MUP2_THREADS
+#define MUP2_THREADS 256  // sanitizers take fewer
+#endif
+constexpr int kThreads = MUP2_THREADS;  // partial sums per chunk: threads of a CUDA block, columns of the CPU loop
 constexpr int kWarp = 32;
 constexpr int kChunk = 8192;            // elements per block: ResNet-18 already gives an H100 1,400 of them
 constexpr int kVectorBytes = 16;        // one memory access of a CUDA thread

@@ -385,7 +385,7 @@ def test_verify_fails_when_something_is_wrong(monkeypatch, capsys):
 
 def test_verify_takes_a_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef net():\n    m = torch.nn.Linear(3, 2)\n    return m, lambda m: m(torch.ones(1, 3)).square().sum()\n"
+        "import torch\ndef net():\n    return torch.nn.Linear(3, 2), lambda m: m(torch.ones(1, 3)).square().sum()\n"
     )
     monkeypatch.chdir(tmp_path)
     assert verify.main(["--model", "mine:net"]) == 0

@@ -6,8 +6,8 @@
 // blocks there is no synchronization but atomics and fences, and to ThreadSanitizer atomics alone order nothing: a fence
 // that is missing is a data race. Shared memory is filled with ones at the start of a block.
 #pragma once
+#include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -45,12 +45,31 @@ namespace cuda_on_cpu {
 constexpr unsigned kWarpSize = 32, kConcurrentBlocks = 3, kSharedBytes = 48 << 10, kParameterBytes = 32764;
 inline unsigned long long launches = 0;  // also the seed of the order of blocks
 
+// std::barrier would order the threads of different blocks too: its waiters share a table.
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : threads_(threads) {}
+  void arrive_and_wait() {
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+    } else {
+      while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+    }
+  }
+
+ private:
+  const unsigned threads_;
+  std::atomic<unsigned> arrived_ = 0, phase_ = 0;
+};
+
 struct Block {
   explicit Block(unsigned threads) : all(threads), exchange(threads) {
-    for (unsigned i = 0; i < threads; i += kWarpSize) warps.push_back(std::make_unique<std::barrier<>>(std::min(kWarpSize, threads - i)));
+    for (unsigned i = 0; i < threads; i += kWarpSize) warps.push_back(std::make_unique<Barrier>(std::min(kWarpSize, threads - i)));
   }
-  std::barrier<> all;
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  Barrier all;
+  std::vector<std::unique_ptr<Barrier>> warps;
   std::vector<double> exchange;
   alignas(16) unsigned char memory[kSharedBytes];
 };
@@ -65,7 +84,29 @@ template <class T> T& shared() {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-inline void __syncthreads() { cuda_on_cpu::block->all.arrive_and_wait(); }
+// Fences and relaxed atomics as C++ has them, which ThreadSanitizer does not know by itself: what a thread wrote before a
+// fence is seen after a fence by a thread that in between reads an atomic which the first one wrote after its fence.
+#if defined(__SANITIZE_THREAD__)
+inline thread_local bool fenced = false;  // a fence, and then no barrier: it covers all that was written
+inline thread_local unsigned* observed = nullptr;
+inline void before_atomic(unsigned* p) {
+  if (fenced) __tsan_release(p);
+  observed = p;
+}
+inline void __threadfence() {
+  fenced = true;
+  if (observed) __tsan_acquire(observed);
+}
+#else
+inline thread_local bool fenced;
+inline void before_atomic(unsigned*) {}
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+#endif
+
+inline void __syncthreads() {
+  fenced = false;
+  cuda_on_cpu::block->all.arrive_and_wait();
+}
 
 inline double __shfl_down_sync(unsigned, double x, unsigned distance) {
   auto& b = *cuda_on_cpu::block;
@@ -78,17 +119,14 @@ inline double __shfl_down_sync(unsigned, double x, unsigned distance) {
   return y;
 }
 
-inline void __threadfence() {
-#if defined(__SANITIZE_THREAD__)
-  static char everything;
-  __tsan_acquire(&everything);
-  __tsan_release(&everything);
-#else
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-#endif
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  before_atomic(p);
+  return std::atomic_ref(*p).fetch_add(x, std::memory_order_relaxed);
 }
-inline unsigned atomicAdd(unsigned* p, unsigned x) { return std::atomic_ref(*p).fetch_add(x, std::memory_order_relaxed); }
-inline unsigned atomicExch(unsigned* p, unsigned x) { return std::atomic_ref(*p).exchange(x, std::memory_order_relaxed); }
+inline unsigned atomicExch(unsigned* p, unsigned x) {
+  before_atomic(p);
+  return std::atomic_ref(*p).exchange(x, std::memory_order_relaxed);
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
