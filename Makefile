@@ -1,11 +1,15 @@
 # make demo: train the reduced transfer experiment, print its table, draw its figure.    make test: the whole suite.
-# Both set up .venv first; with PYTHON=... they use that interpreter and its packages and install nothing.
+# make bench: time one step on the CPU, against other implementations.
+# These set up .venv first; with PYTHON=... they use that interpreter and its packages and install nothing.
+# make gpu: build, test and time on a machine with an NVIDIA GPU, with PYTHON or python3 and the torch that it has.
 
 ifdef PYTHON
 READY :=
+GPU_PYTHON := $(PYTHON)
 else
 PYTHON := .venv/bin/python
 READY := .venv/ready
+GPU_PYTHON := python3
 endif
 
 demo: $(READY)
@@ -16,10 +20,16 @@ test: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest
 
+bench: $(READY)
+	$(PYTHON) benchmarks/step_time.py
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py
+
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*) tests/constraints.txt
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --constraint tests/constraints.txt setuptools wheel ninja pybind11 torch
 	.venv/bin/pip install --quiet --constraint tests/constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test bench gpu

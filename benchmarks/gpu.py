@@ -1,0 +1,211 @@
+"""Everything that needs an NVIDIA GPU, in under eight minutes: make gpu, or python benchmarks/gpu.py.
+
+Builds the extension for this GPU, runs the CUDA tests, looks for errors of memory, counts launches, captures a CUDA
+graph and times steps. It needs a torch with CUDA and a CUDA toolkit; what else is missing is skipped and reported. Each
+stage is a process with a time limit, and what it does not use is left to those after it. Exit status 1: a stage failed,
+or there is no GPU. --dry-run lists the stages. Their output goes to gpu.log in $OUT or benchmarks/results/gpu-logs.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+# --------------------------------------------------------------------------------------------------- stages
+
+
+class Stage(NamedTuple):
+    name: str
+    command: list[str]
+    seconds: int  # of all stages, less than 480
+    needs: tuple[str, ...] = ()  # modules and tools
+    env: dict[str, str] | None = None
+
+
+def find_tool(name: str) -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    homes = filter(None, (os.environ.get("CUDA_HOME"), CUDA_HOME, "/usr/local/cuda"))
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes)]))
+
+
+def stages(architecture: str) -> list[Stage]:
+    python, me, tool = [sys.executable], [sys.executable, "benchmarks/gpu.py"], "compute-sanitizer"
+    check = [find_tool(tool) or tool, "--error-exitcode", "1", "--tool"]
+    quiet = ["--report-api-errors", "no"]  # torch asks for functions that a driver may lack
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # bounds of tensors, not of torch's blocks
+    build = {"MUP2_CUDA": "1", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)}
+    models = ["resnet18", "vit-b16", "mlp-4096", "vit-s16", "resnet18-w4", "mlp-tiny"]  # those to compile come first
+    timing = ["--device", "cuda", "--rounds", "15", "--compile-seconds", "40", "--models", *models]
+    return [
+        Stage("build", [*python, "setup.py", "build_ext", "--inplace"], 150, env=build),
+        Stage("tests", [*python, "-m", "pytest", "-q", "-m", "cuda", "tests"], 60, ("pytest", "hypothesis")),
+        Stage("verify", [*python, "-m", "mup2_fused.verify", "--device", "cuda"], 35),
+        Stage("memcheck", [*check, "memcheck", *quiet, *me, "--small-case"], 45, (tool,), uncached),
+        Stage("racecheck", [*check, "racecheck", *me, "--small-case"], 45, (tool,)),
+        Stage("launches", [*me, "--count-launches"], 20),
+        Stage("graph", [*me, "--graph"], 20),
+        Stage("benchmark", [*python, "benchmarks/step_time.py", *timing], 95),
+    ]
+
+
+def run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
+    """Its outcome, and why."""
+    if missing := [name for name in stage.needs if not (importlib.util.find_spec(name) or find_tool(name))]:
+        return "skipped", f"{' and '.join(missing)} not found"
+    with log.open("a+", errors="replace") as file:
+        begin = file.tell()
+        options = dict(cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | (stage.env or {}), start_new_session=True)
+        process = subprocess.Popen(stage.command, stdout=file, stderr=subprocess.STDOUT, **options)
+        try:
+            reason = f"exit status {process.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # compilers too
+        status = process.wait()
+        file.seek(begin)
+        lines = file.read().splitlines()
+    if stage.name == "tests" and status == 5:
+        return "skipped", "no test is marked cuda"
+    shown = lines if stage.name == "benchmark" else lines[-25:] if status else lines[-3:]
+    print("\n".join(shown), flush=True)
+    return ("failed", reason) if status else ("ok", "")
+
+
+def run_all(architecture: str) -> int:
+    logs = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu-logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "gpu.log").write_text("")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    begin, deadline, summary, failed = time.monotonic(), 0, [], 0
+    for stage in stages(architecture):
+        print(f"\n-- {stage.name}", flush=True)
+        deadline, start = deadline + stage.seconds, time.monotonic()
+        outcome, reason = run(stage, begin + deadline - start, logs / "gpu.log")
+        summary.append(f"{stage.name:<10} {outcome:<8} {time.monotonic() - start:4.0f} s  {reason}")
+        failed += outcome == "failed"
+    print("\n" + "\n".join(summary))
+    return int(failed > 0)
+
+
+# ------------------------------------------------------------------------------- what some of the stages run
+
+
+def make(sizes: list[int], dtype: torch.dtype, base: type, **kwargs) -> torch.optim.Optimizer:
+    """Ours, with gradients that stay; every tensor of odd size starts where no vector access can."""
+    import mup2_fused
+
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n + 1, device="cuda", dtype=dtype)[n % 2 : n + n % 2]) for n in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return mup2_fused.SAM(params, base, lr=1e-3, **kwargs)
+
+
+def steps(optimizer: torch.optim.Optimizer, n: int) -> None:
+    for _ in range(n):
+        optimizer.first_step()
+        optimizer.second_step()
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    state = (x for own in optimizer.state.values() for x in own.values() if torch.is_tensor(x))
+    return [*optimizer.param_groups[0]["params"], *state]
+
+
+BASES = ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {}))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def small_case() -> None:
+    """For compute-sanitizer: sizes around those of vectors and chunks, in every variant."""
+    from mup2_ref import VARIANTS
+
+    for variant, (base, kwargs), dtype in itertools.product(VARIANTS, BASES, DTYPES):
+        optimizer = make([1, 7, 165, 8191, 8192, 8193, 24581], dtype, base, variant=variant, **kwargs)
+        steps(optimizer, 3)
+        assert all(x.isfinite().all() for x in tensors(optimizer)), (variant, base, dtype)
+
+
+def count_launches() -> None:
+    """A step is three kernels, whatever the number of tensors; nothing copies and nothing waits."""
+    for n in (62, 500):
+        optimizer = make([1000 + i for i in range(n)], torch.float32, torch.optim.SGD, momentum=0.9)
+        steps(optimizer, 3)
+        torch.cuda.set_sync_debug_mode("error")
+        steps(optimizer, 1)
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.profiler.profile() as profile:
+            steps(optimizer, 1)
+            torch.cuda.synchronize()  # or the end of the profile comes before the kernels'
+        on_device, on_host = Counter(), Counter()
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                on_device[re.sub(r".*?(\w+_kernel)<.*", r"\1", event.name)] += 1
+            elif event.name.startswith("cuda"):
+                on_host[event.name] += 1
+        for name in [name for name in on_device if name.startswith(("Optimizer.", "Context Sync"))]:
+            del on_device[name]  # torch's mark around step(), and our own wait
+        print(f"{n} tensors: {dict(on_device)}; calls: {dict(on_host)}")
+        assert on_device == {"norm_kernel": 1, "perturb_kernel": 1, "update_kernel": 1}, on_device
+        assert not on_host.keys() & {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync", "cudaMemcpy"}
+
+
+def graph() -> None:
+    """Both calls captured as one CUDA graph and replayed: the same bits as without."""
+    for (base, kwargs), dtype in itertools.product(BASES, DTYPES):
+        eager, captured = (make([7, 8193, 100_000], dtype, base, **kwargs) for _ in range(2))
+        steps(eager, 3)
+        steps(captured, 3)
+        before = [x.clone() for x in tensors(captured)]
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph):
+            steps(captured, 1)
+        for _ in range(5):
+            cuda_graph.replay()
+        steps(eager, 5)
+        assert all(map(torch.equal, tensors(captured), tensors(eager))), (base, dtype)
+        assert not any(map(torch.equal, tensors(captured)[:3], before)), "replaying changes nothing"
+        print(f"{base.__name__}, {dtype}: 5 replays equal 5 steps")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="only print what would run")
+    for function in (small_case, count_launches, graph):
+        option = f"--{function.__name__.replace('_', '-')}"
+        parser.add_argument(option, action="store_const", const=function, dest="part", help="one stage's part")
+    args = parser.parse_args()
+    if args.dry_run:
+        for stage in stages("of this GPU"):
+            env = "".join(f"{key}={shlex.quote(value)} " for key, value in (stage.env or {}).items())
+            print(f"{stage.name:<10} {stage.seconds:>4} s  {env}{shlex.join(stage.command)}")
+        return 0
+    if not torch.cuda.is_available():
+        print(f"error: no NVIDIA GPU for torch {torch.__version__} (CUDA {torch.version.cuda})", file=sys.stderr)
+        return 1
+    if args.part:
+        args.part()
+        return 0
+    return run_all("{}.{}".format(*torch.cuda.get_device_capability()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
