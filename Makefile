@@ -1,6 +1,7 @@
 # make demo: train the reduced transfer experiment, print its table, draw its figure.    make test: the whole suite.
 # make bench: time one step on the CPU, against other implementations.
 # These set up .venv first; with PYTHON=... they use that interpreter and its packages and install nothing.
+# make cuda: build, link and import against a CUDA build of torch, in .venv-cuda; needs nvcc, but no GPU.
 # make gpu: build, test and time on a machine with an NVIDIA GPU, with PYTHON or python3 and the torch that it has.
 
 ifdef PYTHON
@@ -23,6 +24,14 @@ test: $(READY)
 bench: $(READY)
 	$(PYTHON) benchmarks/step_time.py
 
+# A torch with CUDA from PyPI (some 5 GB); the toolkit must be of the same major version.
+cuda:
+	$(or $(CUDA_PYTHON),python3) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet torch==2.11.0 ninja pybind11 setuptools wheel numpy
+	MUP2_CUDA=1 .venv-cuda/bin/pip install --verbose --no-build-isolation --no-deps --force-reinstall . | grep "mup2_fused: CPU"
+	cd .venv-cuda && bin/python -c "import mup2_fused; assert mup2_fused.built_with_cuda; print(mup2_fused.__file__)"
+	cd .venv-cuda && bin/python -m mup2_fused.verify
+
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
@@ -32,4 +41,4 @@ gpu:
 	.venv/bin/pip install --quiet --constraint tests/constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 
-.PHONY: demo test bench gpu
+.PHONY: demo test bench cuda gpu

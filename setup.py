@@ -11,21 +11,25 @@ import torch
 from setuptools import setup
 from torch.utils import cpp_extension
 
-ARCHITECTURES = "8.6;9.0+PTX"  # A10G, H100, and whatever comes after
+ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"  # T4, A100, A10G, H100, and whatever comes after
 
 
 def toolkit():
-    """Folder of a CUDA toolkit with headers of torch's major version, and why there is none."""
+    """Folder of a CUDA toolkit of torch's major version, or None and the reason."""
+    reason = "no CUDA toolkit with bin/nvcc and include/cuda_runtime.h was found: set CUDA_HOME to its folder"
     guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), cpp_extension.CUDA_HOME, "/usr/local/cuda"]
     for guess in filter(None, guesses):
-        header = Path(guess, "include", "cuda.h")
-        if header.is_file() and Path(guess, "include", "cuda_runtime.h").is_file():
-            version = next(x for x in header.read_text().splitlines() if x.startswith("#define CUDA_VERSION"))
-            major = int(version.split()[-1]) // 1000
-            if major == int(torch.version.cuda.split(".")[0]):
-                return guess, ""
-            return None, f"the toolkit in {guess} is CUDA {major}, torch's is {torch.version.cuda}"
-    return None, "no CUDA toolkit with include/cuda_runtime.h was found: set CUDA_HOME to its folder"
+        if not all(Path(guess, file).is_file() for file in ("bin/nvcc", "include/cuda.h", "include/cuda_runtime.h")):
+            continue
+        lines = Path(guess, "include", "cuda.h").read_text().splitlines()
+        version = int(next(line for line in lines if line.startswith("#define CUDA_VERSION")).split()[-1])
+        if version < 12010:
+            reason = f"the toolkit in {guess} is older than CUDA 12.1, whose kernels take 32 KB of parameters"
+        elif version // 1000 != int(torch.version.cuda.split(".")[0]):
+            reason = f"the toolkit in {guess} is CUDA {version // 1000}, torch's is {torch.version.cuda}"
+        else:
+            return guess, ""
+    return None, reason
 
 
 def cuda():
@@ -44,8 +48,8 @@ def extension():
     sources = ["bindings.cpp", "cpu_baseline.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"]
     # No contraction of a * b + c: rounding as in mup2_ref.py. No errno, no traps: loops with sqrt vectorize.
     cxx = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    headers = [f"csrc/{name}" for name in ("mup2_math.h", "batches.h", "kernels.h", "cpu_kernels.h")]
-    options = {"include_dirs": ["csrc"], "depends": headers, "extra_compile_args": {"cxx": cxx}}
+    depends = sorted(map(str, Path("csrc").glob("*")))  # and so they are part of a source distribution
+    options = {"include_dirs": ["csrc"], "depends": depends, "extra_compile_args": {"cxx": cxx}}
     options["extra_link_args"] = ["-fopenmp"]
     if home:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)

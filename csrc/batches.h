@@ -37,10 +37,7 @@ template <class B> void append(B& batch, const Entry& e, int group) {
   uintptr_t address_bits = 0;
   for (int i = 0; i < B::kPointers; ++i) {
     item.ptr[i] = e.ptr[i];
-    if (B::kPointers > 4 && i == B::kPointers - 1)
-      batch.counts_steps |= e.ptr[i] != nullptr;
-    else
-      address_bits |= uintptr_t(e.ptr[i]);
+    if (i != kSteps) address_bits |= uintptr_t(e.ptr[i]);
   }
   item.aligned = address_bits % kVectorBytes == 0;
   batch.n_chunks += chunks_of(e.numel);
@@ -53,7 +50,7 @@ void in_batches(const E* begin, const E* end, const std::vector<typename B::Grou
   int64_t partials = 0;
   for (const E* e = begin; e != end;) {
     const Types types = e->types;
-    batch.n_items = batch.n_groups = batch.n_chunks = batch.counts_steps = 0;
+    batch.n_items = batch.n_groups = batch.n_chunks = 0;
     batch.first_tensor = e - begin, batch.first_partial = partials;
     for (; e != end && batch.n_items < B::kCapacity && e->types.w == types.w && e->types.g == types.g; ++e) {
       if (batch.n_chunks && batch.n_chunks + chunks_of(e->numel) > INT32_MAX) break;  // blocks of a grid

@@ -1,5 +1,6 @@
 // Between torch and the kernels: checks, layouts, devices, streams, memory. The only file that knows torch.
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -70,15 +71,14 @@ class Entries {
  public:
   std::vector<DeviceEntry> list;
 
-  // order: a tensor with the strides that all of this entry's tensors get.
+  // All tensors of an entry get the strides of w, or if that has gaps those of a contiguous tensor.
   DeviceEntry& add(const Tensor& w, int group) {
     list.emplace_back();
     DeviceEntry& e = list.back();
     check_device(w);
     e.numel = w.numel(), e.group = group, e.device = w.device();
     e.types = {type_of(w), type_of(w)};
-    dense_ = w.is_non_overlapping_and_dense();
-    order_ = dense_ ? w : at::empty_like(w, at::MemoryFormat::Contiguous);
+    order_ = w.is_non_overlapping_and_dense() ? w : at::empty_like(w, at::MemoryFormat::Contiguous);
     set(kW, w, true);
     return e;
   }
@@ -93,7 +93,12 @@ class Entries {
     } else {
       TORCH_CHECK_TYPE(type_of(t) == e.types.w, "a state tensor is ", t.scalar_type(), ", its parameter another type");
     }
-    if (same_order(t, order_)) {
+    TORCH_CHECK(!written || at::has_internal_overlap(t) != at::MemOverlap::Yes, "a tensor that is written has several elements "
+                "in one place (shape ", t.sizes(), ", strides ", t.strides(), "): clone() it");
+    if (t.numel() == 0) {
+      static char nothing;
+      e.ptr[which] = &nothing;  // takes part, with no chunk
+    } else if (same_order(t, order_) && !t.is_neg()) {
       e.ptr[which] = t.data_ptr();
     } else {
       Tensor copy = at::empty_strided(order_.sizes(), order_.strides(), t.options());
@@ -117,7 +122,6 @@ class Entries {
   struct Copy { Tensor tensor, copy; bool written; };
   std::vector<Copy> copies_;
   Tensor order_;
-  bool dense_ = true;
 };
 
 // ---------------------------------------------------------------------------------------------- entries to launches
@@ -142,7 +146,11 @@ const CpuKernels& cpu() {
 
 // More bytes than the last cache holds are better written past it.
 bool streams(const DeviceEntry* begin, const DeviceEntry* end) {
+#ifdef _SC_LEVEL3_CACHE_SIZE
   static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 1 << 25);
+#else
+  static const int64_t cache = 1 << 25;
+#endif
   int64_t bytes = 0;
   for (const DeviceEntry* e = begin; e != end; ++e) bytes += e->numel * (e->types.w == kF64 ? 8 : e->types.w == kF32 ? 4 : 2);
   return 3 * bytes > cache;  // w, g and the backup
@@ -226,7 +234,7 @@ void update(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<
   Control launch_control = control;
   in_batches<UpdateBatch<Method>>(begin, end, hypers, [&](const UpdateBatch<Method>& batch, Types types) {
     const Control now = launch_control;
-    launch_control.skipped = nullptr;  // the first launch counts for all
+    if (batch.n_chunks) launch_control.skipped = nullptr;  // the first launch counts for all
     if (is_cuda(device)) MUP2_ON_CUDA(cuda_update(batch, now, types, stream_of(device)));
     at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) {
       if constexpr (std::is_same_v<Method, Sgd>)
@@ -236,7 +244,7 @@ void update(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<
     });
     const bool skip = skips(now);
     for (uint32_t i = 0; i < batch.n_items; ++i) count_step(batch.items[i], skip);
-    if (now.skipped) *now.skipped += skip;
+    if (now.skipped && batch.n_chunks) *now.skipped += skip;
   });
 }
 
@@ -283,15 +291,36 @@ void bump(const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); }
 // ---------------------------------------------------------------------------------------------- eager: a plan
 
 const Tensor& unpack(py::handle h) {
-  TORCH_CHECK_TYPE(THPVariable_Check(h.ptr()), "expected a tensor");
+  TORCH_CHECK_TYPE(h && THPVariable_Check(h.ptr()), "mup2_fused: something that should be a tensor is missing, or none");
   return THPVariable_Unpack(h.ptr());
 }
 py::handle get(py::handle dict, const char* key) { return PyDict_GetItemString(dict.ptr(), key); }  // borrowed; null if absent
 bool is_number(py::handle h) { return h && (PyFloat_Check(h.ptr()) || PyLong_Check(h.ptr())); }
-bool is_true(py::handle h) { return h && PyObject_IsTrue(h.ptr()) == 1; }
+bool is_true(py::handle h) {
+  const int answer = h ? PyObject_IsTrue(h.ptr()) : 0;
+  if (answer < 0) throw py::error_already_set();
+  return answer;
+}
 bool plain(const Tensor& t) {
   return t.layout() == at::kStrided && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ||
                                         t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf);
+}
+
+// Whether two of the tensors may share memory: then backups must be complete before any is perturbed.
+bool may_overlap(const std::vector<const Tensor*>& tensors) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  for (const Tensor* t : tensors) {
+    if (t->numel() == 0) continue;
+    if (at::has_internal_overlap(*t) == at::MemOverlap::Yes) return true;
+    int64_t extent = 1;
+    for (int64_t i = 0; i < t->dim(); ++i) extent += (t->size(i) - 1) * t->stride(i);
+    const char* begin = (const char*)t->data_ptr();
+    ranges.emplace_back(begin, begin + extent * t->itemsize());
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i)
+    if (ranges[i].first < ranges[i - 1].second) return true;
+  return false;
 }
 
 // optimizer.state[parameter], in the order in which optimizers fill it: hashing a parameter calls Python.
@@ -316,10 +345,11 @@ class States {
 // What SAM keeps between calls besides its parameters and their state: backups, and the workspace of each device.
 class Plan {
  public:
-  // First step. Returns the list of (parameter, backup) that restoring needs, or None if a gradient is sparse or complex,
-  // when nothing has happened. groups: optimizer.param_groups.
-  py::object climb(const py::list& groups, const std::string& variant_name) {
-    const Variant variant = variant_of(variant_name);
+  // First step of an optimizer: perturbs, and sets its _backup to the list of (parameter, backup) that restoring needs. False
+  // if that takes the reference's code (a gradient is sparse or complex, parameters share memory), when nothing has happened.
+  bool climb(const py::object& optimizer) {
+    const Variant variant = variant_of(optimizer.attr("variant").cast<std::string>());
+    const py::list groups = optimizer.attr("param_groups");
     Entries entries;
     std::vector<Radius> radii;
     std::vector<const Tensor*> changed;
@@ -331,31 +361,34 @@ class Plan {
       for (py::handle parameter : get(group, "params")) {
         const Tensor &w = unpack(parameter), &g = w.grad();
         if (!g.defined()) continue;
-        if (g.layout() != at::kStrided || g.is_complex()) return py::none();
+        if (g.layout() != at::kStrided || g.is_complex()) return false;
         check_device(w);
         const Tensor& backup = this->backup(n++, parameter, w);
+        changed.push_back(&w);
         if (w.numel() == 0) continue;
         entries.add(w, radii.size() - 1).index = n - 1;
         entries.set(kG, g, false);
         entries.set(kBackup, backup, true);
-        changed.push_back(&w);
       }
     }
-    while (backups_.size() > n) PyList_SetSlice(backups_.ptr(), n, PyList_GET_SIZE(backups_.ptr()), nullptr);
-    run_climb(entries, radii, variant);
+    if (may_overlap(changed)) return false;
+    if (backups_.size() > n) PyList_SetSlice(backups_.ptr(), n, PyList_GET_SIZE(backups_.ptr()), nullptr);
     for (const Tensor* w : changed) bump(*w);
-    return backups_;
+    run_climb(entries, radii, variant);
+    // Here, as an interrupt may come before Python has the result; not before, as the backups were those of another step.
+    optimizer.attr("_backup") = backups_;
+    entries.copy_back();
+    return true;
   }
 
-  // Second step: restore and update in one pass. Returns False if that takes another optimizer's code, when nothing has
-  // happened. state: optimizer.state; create(parameter, group) makes and returns what a parameter lacks in it; updates:
-  // {parameter: number of updates}, filled here for groups with dampening.
-  bool descend(const std::string& method, const py::list& groups, const py::dict& state, const py::list& backups,
-               const py::function& create, const py::dict& updates, const std::optional<Tensor>& grad_scale,
-               const std::optional<Tensor>& found_inf, bool check_gradients) {
+  // Second step of an optimizer: restores and updates in one pass, and sets its _backup to None. False if that takes another
+  // optimizer's code, when nothing has happened. method: sgd, adam or adamw; create(parameter, keys) makes and returns what
+  // state[parameter] lacks; skip_nonfinite: do not update if a gradient of any parameter is not finite.
+  bool descend(const py::object& optimizer, const std::string& method, const py::function& create,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool skip_nonfinite) {
     decoupled_ = method == "adamw";  // torch before 2.7 does not say it in the groups
-    return method == "sgd" ? descend_with<Sgd>(groups, state, backups, create, updates, grad_scale, found_inf, check_gradients)
-                           : descend_with<Adam>(groups, state, backups, create, updates, grad_scale, found_inf, check_gradients);
+    return method == "sgd" ? descend_with<Sgd>(optimizer, create, grad_scale, found_inf, skip_nonfinite)
+                           : descend_with<Adam>(optimizer, create, grad_scale, found_inf, skip_nonfinite);
   }
 
   void restore(const py::list& backups) {
@@ -424,7 +457,6 @@ class Plan {
     });
     for (auto& [device, ws] : workspaces_)
       if (!order_.count(device)) share_flag(ws);
-    entries.copy_back();
   }
 
   // A device without perturbed tensors follows the others.
@@ -437,36 +469,48 @@ class Plan {
   }
 
   template <class Method>
-  bool descend_with(const py::list& groups, const py::dict& state, const py::list& backups, const py::function& create,
-                    const py::dict& updates, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                    bool check_gradients) {
-    Entries entries;
+  bool descend_with(const py::object& optimizer, const py::function& create, const std::optional<Tensor>& grad_scale,
+                    const std::optional<Tensor>& found_inf, bool skip_nonfinite) {
+    const py::list groups = optimizer.attr("param_groups");
+    const py::list backups = optimizer.attr("_backup");
     std::vector<typename Method::Hyper> hypers;
-    std::vector<const Tensor*> changed;
-    States states(state);
+    std::vector<Update> updates;
+    States states(optimizer.attr("state"));
     size_t n = 0;  // backups taken
-    for (py::handle group : groups) {
+    for (py::handle group : groups) {  // everything that can say no, before anything is made
       hypers.emplace_back();
       if (!read(group, hypers.back())) return false;
       for (py::handle parameter : get(group, "params")) {
         const Tensor &w = unpack(parameter), &g = w.grad();
-        const bool perturbed = n < backups.size() && PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n), 0) == parameter.ptr();
-        if (!perturbed && !g.defined()) continue;
-        if (!plain(w) || (g.defined() && !plain(g)) || (hypers.back().lr_tensor && lr_device_ != w.device())) return false;
-        entries.add(w, hypers.size() - 1);
-        if (perturbed) entries.set(kBackup, unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n++), 1)), false);
-        if (g.defined()) {
-          entries.set(kG, g, grad_scale.has_value());
-          add_state(entries, hypers.back(), group, parameter, states, create, updates);
-        }
-        changed.push_back(&w);
+        Update u = {parameter, {}, &w, g.defined() ? &g : nullptr, nullptr, int(hypers.size()) - 1};
+        if (n < backups.size() && PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n), 0) == parameter.ptr())
+          u.backup = &unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n++), 1));
+        if (!u.backup && !u.g) continue;
+        if (!plain(w) || (u.g && !plain(g)) || (hypers.back().lr_tensor && lr_device_ != w.device())) return false;
+        if (u.g) u.state = states.find(parameter);
+        if (u.g && !fits(hypers.back(), u.state)) return false;
+        updates.push_back(u);
       }
     }
     if (n < backups.size()) return false;  // groups have changed between the passes
-    for (const Tensor* w : changed) bump(*w);
-    run_update<Method>(entries, hypers, grad_scale, found_inf, check_gradients, true);
+    Entries entries;
+    for (Update& u : updates) {
+      entries.add(*u.w, u.group);
+      if (u.backup) entries.set(kBackup, *u.backup, false);
+      if (u.g) entries.set(kG, *u.g, grad_scale.has_value());
+      if (u.g) add_state(entries, hypers[u.group], u, create);
+    }
+    for (const Update& u : updates) bump(*u.w);
+    run_update<Method>(entries, hypers, grad_scale, found_inf, skip_nonfinite, true);
+    optimizer.attr("_backup") = py::none();
     return true;
   }
+
+  struct Update {
+    py::handle parameter, state;
+    const Tensor *w, *g, *backup;
+    int group;
+  };
 
   // lr as a number, or on a GPU as a tensor that may change under a captured graph. False: leave it to torch.
   template <class Hyper> bool read_lr(py::handle group, Hyper& h) {
@@ -474,6 +518,8 @@ class Plan {
     h.lr_tensor = nullptr;
     if (is_number(lr)) {
       h.lr = lr.cast<double>();
+    } else if (!lr || !THPVariable_Check(lr.ptr())) {
+      return false;
     } else {
       const Tensor& t = unpack(lr);
       if (t.is_cuda() && t.scalar_type() != at::kFloat) return false;
@@ -505,45 +551,41 @@ class Plan {
     return read_lr(group, h);
   }
 
-  void add_state(Entries& entries, const Sgd::Hyper& h, py::handle group, py::handle parameter, States& states,
-                 const py::function& create, const py::dict& updates) {
-    if (h.momentum == 0) return;
-    py::handle own = states.find(parameter), buffer;
-    const bool fresh = !own || !(buffer = get(own, "momentum_buffer")) || buffer.is_none();
-    py::object created;
-    if (fresh) {
-      created = create(parameter, group);
-      buffer = get(created, "momentum_buffer");
-    }
-    entries.set(kM, unpack(buffer), true);
-    if (h.dampening == 0) return;
-    // The first momentum is the gradient, without dampening: ask the device whether an update has happened.
-    if (!updates.contains(parameter))
-      updates[parameter] = at::full({}, fresh ? 0. : 1., unpack(buffer).options().dtype(at::kFloat));
-    entries.list.back().ptr[kUpdatePointers<Sgd> - 1] = floats(unpack(updates[parameter]));
+  static bool has(py::handle state, const char* key) {
+    const py::handle found = state ? get(state, key) : py::handle();
+    return found && !found.is_none();
   }
-  void add_state(Entries& entries, const Adam::Hyper&, py::handle group, py::handle parameter, States& states,
-                 const py::function& create, const py::dict&) {
-    py::object own = py::reinterpret_borrow<py::object>(states.find(parameter));
-    if (!own || !get(own, "exp_avg")) own = create(parameter, group);
-    entries.set(kM, unpack(get(own, "exp_avg")), true);
-    entries.set(kV, unpack(get(own, "exp_avg_sq")), true);
-    const at::Device device = entries.list.back().device;
-    const Tensor& step = unpack(get(own, "step"));
-    if (step.device() != device || step.scalar_type() != at::kFloat)
-      own["step"] = step.to(device, at::kFloat).clone();
-    entries.list.back().ptr[kUpdatePointers<Adam> - 1] = floats(unpack(get(own, "step")));
+  // With dampening the first momentum is the gradient, unless that step is skipped: torch's own code makes it.
+  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.dampening == 0 || has(state, "momentum_buffer"); }
+  static bool fits(const Adam::Hyper&, py::handle) { return true; }
+
+  void add_state(Entries& entries, const Sgd::Hyper& h, const Update& u, const py::function& create) {
+    if (h.momentum == 0) return;
+    py::object state = py::reinterpret_borrow<py::object>(u.state);
+    if (!has(state, "momentum_buffer")) state = create(u.parameter, py::make_tuple("momentum_buffer"));
+    entries.set(kM, unpack(get(state, "momentum_buffer")), true);
+  }
+  void add_state(Entries& entries, const Adam::Hyper&, const Update& u, const py::function& create) {
+    py::object state = py::reinterpret_borrow<py::object>(u.state);
+    if (!has(state, "exp_avg")) state = create(u.parameter, py::make_tuple("step", "exp_avg", "exp_avg_sq"));
+    entries.set(kM, unpack(get(state, "exp_avg")), true);
+    entries.set(kV, unpack(get(state, "exp_avg_sq")), true);
+    const Tensor& step = unpack(get(state, "step"));
+    if (step.device() != u.w->device() || step.scalar_type() != at::kFloat)
+      state["step"] = step.to(u.w->device(), at::kFloat).clone();
+    entries.list.back().ptr[kSteps] = floats(unpack(get(state, "step")));
   }
 
   template <class Method>
   void run_update(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const std::optional<Tensor>& grad_scale,
-                  const std::optional<Tensor>& found_inf, bool check_gradients, bool count) {
+                  const std::optional<Tensor>& found_inf, bool skip_nonfinite, bool count) {
     const py::gil_scoped_release release;
     entries.sort();
-    if (check_gradients) {
+    if (skip_nonfinite) {
       std::vector<DeviceEntry> with_gradient;
       for (const DeviceEntry& e : entries.list)
         if (e.ptr[kG] && e.numel) with_gradient.push_back(e), with_gradient.back().group = 0;
+      for (auto& [device, ws] : second_) ws.ints.slice(0, 0, 1).zero_();  // of devices without gradients
       mup2::norms(with_gradient, {{1, 1}}, kSam, second_);
     }
     per_device(entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
@@ -554,7 +596,7 @@ class Plan {
       Tensor scale, inf;
       if (grad_scale) control.grad_scale = floats(scale = grad_scale->to(device, at::kFloat));
       if (found_inf) control.found_inf = floats(inf = found_inf->to(device, at::kFloat));
-      if (check_gradients && second_.count(device)) control.nonfinite_second = second_.at(device).control().nonfinite;
+      if (skip_nonfinite && second_.count(device)) control.nonfinite_second = second_.at(device).control().nonfinite;
       if (count) control.skipped = ws.skipped.data_ptr<int64_t>();
       count = false;
       update<Method>(begin, end, hypers, control);
@@ -576,16 +618,22 @@ struct Lists {
   Entries entries;
   Tensor order;
 
-  void add(at::TensorList w, std::initializer_list<std::tuple<int, at::TensorList, bool>> others, bool bumps) {
+  struct List {
+    int which;
+    at::TensorList tensors;
+    bool written, optional = false;
+  };
+  void add(at::TensorList w, std::initializer_list<List> others, bool bumps) {
+    for (const List& list : others)
+      TORCH_CHECK(list.tensors.size() == w.size() || (list.optional && list.tensors.empty()),
+                  "lists must have equal lengths; an optional one may be empty");
     for (size_t i = 0; i < w.size(); ++i) {
       if (bumps) bump(w[i]);
       TORCH_CHECK(w[i].device() == w[0].device(), "tensors of one call must be on one device");
       if (w[i].numel() == 0) continue;
       entries.add(w[i], i).index = i;
-      for (auto& [which, list, written] : others) {
-        TORCH_CHECK(list.empty() || list.size() == w.size(), "lists must have equal lengths, or none of an optional one");
-        if (!list.empty()) entries.set(which, list[i], written);
-      }
+      for (const List& list : others)
+        if (!list.tensors.empty()) entries.set(list.which, list.tensors[i], list.written);
     }
     entries.sort();
   }
@@ -633,6 +681,7 @@ template <class Method> void update_lists(Lists& lists, const std::vector<typena
     Workspace ws(device);
     Control control = ws.control();
     Tensor flag;
+    TORCH_CHECK(!skip || skip->numel() == 1, "skip is one number");
     if (skip) control.nonfinite = ints(flag = skip->to(device, at::kInt));
     update<Method>(begin, end, hypers, control);
   });
@@ -652,15 +701,12 @@ template <class Hyper> Tensor set_lr(Hyper& h, const Tensor& lr, const at::Tenso
   return on_device;  // to be kept while kernels may read it
 }
 
-void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList momentum_buffer, at::TensorList steps,
-          const Tensor& lr, double weight_decay, double momentum, double dampening, bool nesterov, bool maximize,
+void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList momentum_buffer, const Tensor& lr,
+          double weight_decay, double momentum, double dampening, bool nesterov, bool maximize, bool first,
           const std::optional<Tensor>& skip) {
   Lists lists;
-  TORCH_CHECK(dampening == 0 || steps.size() == w.size(), "dampening needs the number of updates of each tensor");
-  lists.add(w, {{kG, g, false}, {kBackup, backup, false}, {kM, momentum_buffer, true}}, true);
-  for (DeviceEntry& e : lists.entries.list)
-    if (!steps.empty()) e.ptr[kUpdatePointers<Sgd> - 1] = floats(steps[e.index]);
-  Sgd::Hyper h = {0, weight_decay, momentum, dampening, nullptr, nesterov, maximize};
+  lists.add(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, momentum_buffer, true, momentum == 0}}, true);
+  Sgd::Hyper h = {0, weight_decay, momentum, dampening, nullptr, nesterov, maximize, first};
   const Tensor keep = set_lr(h, lr, w);
   update_lists<Sgd>(lists, std::vector<Sgd::Hyper>(w.size(), h), skip);
 }
@@ -669,9 +715,12 @@ void adam_(at::TensorList w, at::TensorList g, at::TensorList backup, at::Tensor
            at::TensorList steps, const Tensor& lr, double weight_decay, double beta1, double beta2, double eps, bool decoupled,
            bool maximize, const std::optional<Tensor>& skip) {
   Lists lists;
-  TORCH_CHECK(exp_avg.size() == w.size() && exp_avg_sq.size() == w.size() && steps.size() == w.size(), "lists must have equal lengths");
-  lists.add(w, {{kG, g, false}, {kBackup, backup, false}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}}, true);
-  for (DeviceEntry& e : lists.entries.list) e.ptr[kUpdatePointers<Adam> - 1] = floats(steps[e.index]);
+  TORCH_CHECK(steps.size() == w.size(), "adam_ needs a step count for each tensor");
+  for (size_t i = 0; i < w.size(); ++i)
+    TORCH_CHECK(steps[i].device() == w[i].device() && steps[i].scalar_type() == at::kFloat && steps[i].numel() == 1,
+                "a step count is one float32 number on the device of its tensor");
+  lists.add(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}}, true);
+  for (DeviceEntry& e : lists.entries.list) e.ptr[kSteps] = floats(steps[e.index]);
   Adam::Hyper h = {0, weight_decay, beta1, beta2, eps, nullptr, decoupled, maximize};
   const Tensor keep = set_lr(h, lr, w);
   update_lists<Adam>(lists, std::vector<Adam::Hyper>(w.size(), h), skip);
@@ -682,9 +731,9 @@ TORCH_LIBRARY(mup2, m) {
         "(Tensor norm, Tensor coefficients, Tensor norms, Tensor nonfinite)");
   m.def("perturb_(Tensor(a!)[] w, Tensor[] g, Tensor(b!)[] backup, Tensor coefficients, str variant) -> ()");
   m.def("restore_(Tensor(a!)[] w, Tensor[] backup) -> ()");
-  m.def("sgd_(Tensor(a!)[] w, Tensor[] g, Tensor[] backup, Tensor(b!)[] momentum_buffer, Tensor(c!)[] steps, Tensor lr, *, "
+  m.def("sgd_(Tensor(a!)[] w, Tensor[] g, Tensor[] backup, Tensor(b!)[] momentum_buffer, Tensor lr, *, "
         "float weight_decay=0, float momentum=0, float dampening=0, bool nesterov=False, bool maximize=False, "
-        "Tensor? skip=None) -> ()");
+        "bool first=False, Tensor? skip=None) -> ()");
   m.def("adam_(Tensor(a!)[] w, Tensor[] g, Tensor[] backup, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
         "Tensor(d!)[] steps, Tensor lr, *, float weight_decay=0, float beta1=0.9, float beta2=0.999, float eps=1e-8, "
         "bool decoupled=True, bool maximize=False, Tensor? skip=None) -> ()");
@@ -731,6 +780,9 @@ PYBIND11_MODULE(_C, m) {
       .def("norms", &Plan::norms);
   m.def("walk", walk);
   m.attr("chunk") = kChunk;
+  m.attr("tensors_per_launch") =
+      py::dict(py::arg("norm") = +NormBatch::kCapacity, py::arg("perturb") = +PerturbBatch::kCapacity,
+               py::arg("sgd") = +UpdateBatch<Sgd>::kCapacity, py::arg("adam") = +UpdateBatch<Adam>::kCapacity);
   m.attr("instruction_set") = cpu().name;
   m.attr("cuda") =
 #ifdef MUP2_CUDA

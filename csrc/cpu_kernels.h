@@ -41,9 +41,9 @@ template <class A, int variant, class W, class G> MUP2_LOOP double sum_squares(c
       hi[i] = s.hi, lo[i] = s.lo;
     }
   }
-  double threads[kThreads] = {};
-  for (int j = 0; j < kVector<G>; ++j)
-    for (int i = 0; i < kThreads; ++i) threads[i] += double(hi[i * kVector<G> + j]) + double(lo[i * kVector<G> + j]);
+  double sums[columns], threads[kThreads];
+  for (int i = 0; i < columns; ++i) sums[i] = double(hi[i]) + double(lo[i]);
+  for (int i = 0; i < kThreads; ++i) threads[i] = fold<kVector<G>>(sums + i * kVector<G>);
   return tree(threads);
 }
 
@@ -112,13 +112,14 @@ void update_chunk(const UpdateBatch<Method>& batch, const Control& control, cons
   W *w = at(kW, W{}), *base = item.ptr[kBackup] ? at(kBackup, W{}) : w, *m = at(kM, W{}), *v = nullptr;
   if (Method::kMoments > 1) v = at(kV, W{});
   G* g = at(kG, G{});
+  if (g && control.grad_scale)
+    for (int i = 0; i < c.count; ++i) g[i] = narrow<G>(widen(g[i]) / Wide<G>(*control.grad_scale));
   if (!g || skips(control)) {
     if (base != w) copy(w, base, c.count * sizeof(W), streaming);
     return;
   }
-  if (control.grad_scale)
-    for (int i = 0; i < c.count; ++i) g[i] = narrow<G>(widen(g[i]) / Wide<G>(*control.grad_scale));
-  const auto rule = Method::template prepare<Wide<W>>(batch.groups[item.group], (const float*)item.ptr[kUpdatePointers<Method> - 1]);
+  const float* steps = Method::kPointers > kSteps ? (const float*)item.ptr[kSteps] : nullptr;
+  const auto rule = Method::template prepare<Wide<W>>(batch.groups[item.group], steps);
   for (int start = 0; start < c.count; start += kBlock) {
     const int n = c.count - start < kBlock ? c.count - start : kBlock;
     alignas(64) W out[kBlock];

@@ -45,10 +45,8 @@ __device__ double block_sum(double x, Scratch& scratch) {
   __syncthreads();
   double warps[kThreads / kWarp];
   for (int i = 0; i < kThreads / kWarp; ++i) warps[i] = scratch.warps[i];
-  for (int half = kThreads / kWarp / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) warps[i] += warps[i + half];
   __syncthreads();  // the next sum overwrites the scratch
-  return warps[0];
+  return fold<kThreads / kWarp>(warps);
 }
 
 // As mup2::ordered_sum.
@@ -82,10 +80,10 @@ __device__ double sum_squares(const W* w, const G* g, int n, bool aligned, Scrat
 #pragma unroll
     for (int j = 0; j < V; ++j) add_square<exact>(sums[j], A(term<variant, Wide<W>>(widen(ws.x[j]), widen(gs.x[j]))));
   }
-  double x = 0;
+  double x[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) x += double(sums[j].hi) + double(sums[j].lo);
-  return block_sum(x, scratch);
+  for (int j = 0; j < V; ++j) x[j] = double(sums[j].hi) + double(sums[j].lo);
+  return block_sum(fold<V>(x), scratch);
 }
 
 // float32 sums leave their range beyond gradients of 1e19: such a chunk is summed again in float64.
@@ -150,16 +148,21 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant
   }
 }
 
-// V elements of one update; m and v may be 0.
-template <class Method, class W, class G, class Rule>
-__device__ void update_pack(Pack<W, kVector<W>>& ws, G* g, W* m, W* v, const Rule& rule, const float* scale, int left, bool aligned) {
-  constexpr int V = kVector<W>;
-  auto gs = load<G, V>(g, left, aligned);
+// Gradients, divided by the scale of the loss in memory too, if there is one.
+template <class G, int n> __device__ Pack<G, n> load_gradients(G* g, const float* scale, int left, bool aligned) {
+  auto gs = load<G, n>(g, left, aligned);
   if (scale) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) gs.x[j] = narrow<G>(widen(gs.x[j]) / Wide<G>(*scale));
+    for (int j = 0; j < n; ++j) gs.x[j] = narrow<G>(widen(gs.x[j]) / Wide<G>(*scale));
     store(g, gs, left, aligned);
   }
+  return gs;
+}
+
+// V elements of one update; m and v may be 0.
+template <class Method, class W, class G, class Rule>
+__device__ void update_pack(Pack<W, kVector<W>>& ws, const Pack<G, kVector<W>>& gs, W* m, W* v, const Rule& rule, int left, bool aligned) {
+  constexpr int V = kVector<W>;
   Pack<W, V> ms = {}, vs = {};
   if (m) ms = load<W, V>(m, left, aligned);
   if (v) vs = load<W, V>(v, left, aligned);
@@ -188,29 +191,32 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   constexpr int V = kVector<W>;
   const Chunk c = locate(batch, blockIdx.x);
   const auto& item = batch.items[c.item];
+  const float* steps = B::kPointers > kSteps ? (const float*)item.ptr[kSteps] : nullptr;
   if (threadIdx.x == 0) {
     shared.skip = skips(control);
-    if (item.ptr[kG]) shared.rule = Method::template prepare<Wide<W>>(batch.groups[item.group], (const float*)item.ptr[B::kPointers - 1]);
+    if (item.ptr[kG]) shared.rule = Method::template prepare<Wide<W>>(batch.groups[item.group], steps);
     if (blockIdx.x == 0 && control.skipped) *control.skipped += shared.skip;
   }
   __syncthreads();
-  const bool updates = item.ptr[kG] && !shared.skip;
+  const bool updates = item.ptr[kG] && !shared.skip, unscales = item.ptr[kG] && control.grad_scale;
   const auto rule = shared.rule;
   const auto at = [&](int which, auto type) { return item.ptr[which] ? (decltype(type)*)item.ptr[which] + c.begin : nullptr; };
   W* w = at(kW, W{});
   const W* base = item.ptr[kBackup] ? at(kBackup, W{}) : w;
-  if (updates || base != w)
+  if (updates || unscales || base != w)
     for (int i = threadIdx.x * V; i < c.count; i += kThreads * V) {
       const int left = c.count - i;
       auto ws = load<W, V>(base + i, left, item.aligned);
+      Pack<G, V> gs = {};
+      if (updates || unscales) gs = load_gradients<G, V>(at(kG, G{}) + i, control.grad_scale, left, item.aligned);
       if (updates) {
         W* m = item.ptr[kM] ? at(kM, W{}) + i : nullptr;
         W* v = Method::kMoments > 1 ? at(kV, W{}) + i : nullptr;
-        update_pack<Method>(ws, at(kG, G{}) + i, m, v, rule, control.grad_scale, left, item.aligned);
+        update_pack<Method>(ws, gs, m, v, rule, left, item.aligned);
       }
       store(w + i, ws, left, item.aligned);
     }
-  if (batch.counts_steps && last_to_arrive(control.counter, batch.n_chunks, shared.scratch))
+  if (B::kPointers > kSteps && last_to_arrive(control.counter, batch.n_chunks, shared.scratch))
     for (uint32_t i = threadIdx.x; i < batch.n_items; i += kThreads) count_step(batch.items[i], shared.skip);
 }
 
@@ -232,7 +238,7 @@ template <class B, class F> int with_size(const B& batch, F f) {
   memcpy(small.items, batch.items, batch.n_items * sizeof batch.items[0]);
   memcpy(small.groups, batch.groups, batch.n_groups * sizeof batch.groups[0]);
   small.n_items = batch.n_items, small.n_groups = batch.n_groups, small.n_chunks = batch.n_chunks;
-  small.counts_steps = batch.counts_steps, small.first_tensor = batch.first_tensor, small.first_partial = batch.first_partial;
+  small.first_tensor = batch.first_tensor, small.first_partial = batch.first_partial;
   return f(small);
 }
 

@@ -159,21 +159,20 @@ enum Momentum { kNoMomentum, kMomentum, kNesterov };  // known when compiling, o
 
 // torch.optim.SGD
 struct Sgd {
-  static constexpr int kMoments = 1;
+  static constexpr int kMoments = 1, kPointers = 4;
   struct Hyper {
     double lr, weight_decay, momentum, dampening;
     const float* lr_tensor;  // on the device; then lr is not read
-    int32_t nesterov, maximize;
+    int32_t nesterov, maximize, first;  // first: the momentum is new, and becomes the gradient
   };
   template <class R> struct Rule {
     R lr, weight_decay, momentum, decay, keep, sign;
     bool nesterov;
   };
 
-  template <class R> MUP2_FN Rule<R> prepare(const Hyper& h, const float* steps) {
+  template <class R> MUP2_FN Rule<R> prepare(const Hyper& h, const float*) {
     const double lr = h.lr_tensor ? *h.lr_tensor : h.lr;
-    const bool first = steps && *steps == 0;  // m is 0, and becomes g
-    return {R(lr), R(h.weight_decay), R(h.momentum), R(first ? 0 : h.momentum), R(first ? 1 : 1 - h.dampening),
+    return {R(lr), R(h.weight_decay), R(h.momentum), R(h.first ? 0 : h.momentum), R(h.first ? 1 : 1 - h.dampening),
             R(h.maximize ? -1 : 1), h.nesterov != 0};
   }
   template <Momentum momentum, class R> MUP2_FN R apply(const Rule<R>& r, R w, R g, R& m, R&) {
@@ -187,7 +186,7 @@ struct Sgd {
 
 // torch.optim.Adam and AdamW, without amsgrad
 struct Adam {
-  static constexpr int kMoments = 2;
+  static constexpr int kMoments = 2, kPointers = 6;
   struct Hyper {
     double lr, weight_decay, beta1, beta2, eps;
     const float* lr_tensor;
@@ -217,9 +216,9 @@ struct Adam {
 
 // ------------------------------------------------------------------------------------------------ the walk
 
-// What a launch knows of one tensor. ptr: w, g, backup, first moment, second moment, step count, as far as P goes; g 0: no
-// update; backup 0: not perturbed; step count 0: nobody asks for it. All are dense and in one order of elements.
-enum { kW, kG, kBackup, kM, kV };
+// What a launch knows of one tensor. ptr: w, g, backup, first moment, second moment, step count (float32), as far as P goes;
+// g 0: no update; backup 0: not perturbed. All are dense and in one order of elements.
+enum { kW, kG, kBackup, kM, kV, kSteps };
 template <int P> struct Item {
   void* ptr[P];
   uint32_t first_chunk;  // of the launch
@@ -234,7 +233,7 @@ template <int P, class Group, int kItems, int kGroups = kMaxGroups> struct Batch
   static constexpr int kPointers = P, kCapacity = kItems, kGroupCapacity = kGroups;
   Item<P> items[kItems];
   Group groups[kGroups];
-  uint32_t n_items, n_groups, n_chunks, counts_steps;
+  uint32_t n_items, n_groups, n_chunks;
   int32_t first_tensor;   // number of items[0] in the optimizer's order
   int64_t first_partial;  // number of its first chunk
 };
@@ -247,9 +246,8 @@ struct Radius { double rho, gradnorm_scaling; };
 struct None {};
 using NormBatch = Batch<2, Radius, capacity<2, Radius>()>;
 using PerturbBatch = Batch<3, None, capacity<3, None>()>;
-template <class Method> constexpr int kUpdatePointers = 4 + Method::kMoments;
 template <class Method>
-using UpdateBatch = Batch<kUpdatePointers<Method>, typename Method::Hyper, capacity<kUpdatePointers<Method>, typename Method::Hyper>()>;
+using UpdateBatch = Batch<Method::kPointers, typename Method::Hyper, capacity<Method::kPointers, typename Method::Hyper>()>;
 
 struct Chunk {
   uint32_t item, chunks;  // and how many chunks that has
@@ -292,20 +290,24 @@ struct Control {
 MUP2_FN bool skips(const Control& c) {
   return *c.nonfinite || (c.nonfinite_second && *c.nonfinite_second) || (c.found_inf && *c.found_inf > 0);
 }
-// One more update for a tensor that had one; the step count is the last pointer.
+// Counts the update of a tensor, where the method asks for it.
 template <int P> MUP2_FN void count_step(const Item<P>& item, bool skip) {
-  float* steps = (float*)item.ptr[P - 1];
-  if (steps && item.ptr[kG] && !skip) *steps += 1;
+  if constexpr (P > kSteps)
+    if (item.ptr[kG] && !skip) *(float*)item.ptr[kSteps] += 1;
+}
+
+// Sum of n = 2^k values, halves onto halves; overwrites them.
+template <int n> MUP2_FN double fold(double* x) {
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
 }
 
 // x[0..n) summed in an order that depends on n only: columns i, i + kThreads, ..., then halves, first within a warp.
 MUP2_FN double tree(double* x) {
-  for (int warp = 0; warp < kThreads; warp += kWarp)
-    for (int half = kWarp / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) x[warp + i] += x[warp + i + half];
-  for (int half = kThreads / kWarp / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i * kWarp] += x[(i + half) * kWarp];
-  return x[0];
+  double warps[kThreads / kWarp];
+  for (int i = 0; i < kThreads / kWarp; ++i) warps[i] = fold<kWarp>(x + i * kWarp);
+  return fold<kThreads / kWarp>(warps);
 }
 MUP2_FN double ordered_sum(const double* x, int64_t n) {
   double columns[kThreads] = {};

@@ -31,6 +31,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import data as datasets
 import mup2_ref
 
+try:  # the same optimizer to the bit, in less time
+    from mup2_fused import SAM
+except ImportError:  # not built
+    from mup2_ref import SAM
+
 QUARTER_DECADES = [round(10 ** (k / 4), 4) for k in range(-12, 5)]  # 0.001 ... 10
 DEMO = dict(widths=[64, 256], methods=["SP-naive", "muP-global", "muP²"], lrs=[0.2, 0.4, 0.8], seeds=2, slice_seeds=0)
 COLLAPSE = 5.0  # points below SGD at the same lr: from there on a radius counts as unstable
@@ -91,7 +96,7 @@ def train(run: Run, root: str | None, device: str) -> dict:
         perturbation=perturbation,
         norm="joint",
     )
-    optimizer = torch.optim.SGD(groups) if run.rho == 0 else mup2_ref.SAM(groups)
+    optimizer = torch.optim.SGD(groups) if run.rho == 0 else SAM(groups)
     start = time.perf_counter()
     accuracies = list(mup2_ref.train(model, optimizer, (x, y), test, epochs=run.epochs, seed=run.seed))
     return run._asdict() | {

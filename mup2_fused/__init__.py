@@ -53,7 +53,6 @@ class SAM(mup2_ref.SAM):
         self._plan = _C.Plan()
         self._copied_finite: bool | None = None  # of an optimizer that was copied between the passes
         self._skipped_before = 0
-        self._updates: dict[Tensor, Tensor] = {}  # groups with dampening: number of updates, on the device
 
     @property
     def _finite(self) -> bool:
@@ -73,9 +72,10 @@ class SAM(mup2_ref.SAM):
 
     def _climb(self) -> None:
         self._copied_finite = None
-        self._backup = self._plan.climb(self.param_groups, self.variant)
-        if self._backup is None:
-            super()._climb()  # says what is wrong with a gradient
+        with self._restored_on_error():
+            fused = self._plan.climb(self)
+        if not fused:
+            super()._climb()  # which takes parameters that share memory, and says what is wrong with a gradient
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -85,36 +85,22 @@ class SAM(mup2_ref.SAM):
 
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         method = self._fused_method()
-        if method and self._plan.descend(
-            method,
-            self.param_groups,
-            self.state,
-            self._backup,
-            self._create_state,
-            self._updates,
-            scale,
-            found_inf,
-            self.skip_nonfinite,
-        ):
-            self._backup = None
-        else:
+        if not (method and self._plan.descend(self, method, self._create_state, scale, found_inf, self.skip_nonfinite)):
             super()._descend(scale, found_inf)
 
     def _fused_method(self) -> str | None:
         """The kernel that does what base_optimizer.step() would, if there is one."""
         base = self.base_optimizer
-        hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+        hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base)
         if hooks or self._copied_finite is not None:
             return None
         return {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}.get(type(base))
 
-    def _create_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _create_state(self, p: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
         """What the base optimizer's first step would put into state[p], at zero."""
-        keys = ["momentum_buffer"] if "momentum" in group else ["exp_avg", "exp_avg_sq"]
-        state = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in keys}
-        if "betas" in group:
-            state = {"step": torch.zeros((), device=p.device)} | state
-        self.state[p].update(state)
+        for key in keys:
+            like_p = torch.zeros_like(p, memory_format=torch.preserve_format)
+            self.state[p][key] = torch.zeros((), device=p.device) if key == "step" else like_p
         return self.state[p]
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,9 +113,6 @@ class SAM(mup2_ref.SAM):
                     if torch.is_tensor(own.get("step")):
                         state["state"][i] = own | {"step": own["step"].cpu()}
         return state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_updates": self._updates}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" in state:  # a copy, not load_state_dict

@@ -88,7 +88,7 @@ def error_and_bound(
 
 
 class Side(NamedTuple):
-    """One optimizer, and a model of its own to take gradients from; in float64 the model keeps the dtype that it had."""
+    """One optimizer, and a model of its own that gradients come from; in float64 the model keeps its dtype."""
 
     model: nn.Module
     params: list[nn.Parameter]

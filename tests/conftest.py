@@ -5,7 +5,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)  # small tensors; steadier times when tests share the machine
 
 import mup2_fused

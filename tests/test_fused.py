@@ -1,11 +1,13 @@
 """The fused optimizer and its kernels: against the reference, against float64, and bit for bit where that is due."""
 
+import contextlib
 import copy
 import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -137,12 +139,11 @@ def test_sgd(device, types, options, offset):
     w, g = tensors(types[0], device, offset=offset), tensors(types[1], device, offset=offset)
     start, lr = [x.clone() for x in w], torch.tensor(0.01, dtype=F64)
     momentum = [torch.zeros_like(x) for x in w] if "momentum" in options else []
-    steps = [torch.zeros((), device=device) for _ in w]
-    for _ in range(3):
+    for i in range(3):
         backup = [x.clone() for x in w]
         for x in w:
             x.fill_(math.nan)  # they are read from the backup
-        ops.sgd_(w, g, backup, momentum, steps, lr, **options)
+        ops.sgd_(w, g, backup, momentum, lr, first=i == 0, **options)
     reference, state = torch_update(torch.optim.SGD, start, g, 3, lr=0.01, **options)
     exact, exact_state = torch_update(torch.optim.SGD, [x.double() for x in start], g, 3, lr=0.01, **options)
     assert_as_accurate(w, reference, exact)
@@ -181,7 +182,7 @@ def test_adam(device, types, decoupled, options, offset):
 def test_an_update_without_backup_starts_from_the_weights(device):
     w, g = tensors(F32, device), tensors(F32, device)
     before = [x.clone() for x in w]
-    ops.sgd_(w, g, [], [], [], torch.tensor(0.5))
+    ops.sgd_(w, g, [], [], torch.tensor(0.5))
     assert equal(w, [x - 0.5 * y for x, y in zip(before, g)])
 
 
@@ -190,7 +191,7 @@ def test_the_skip_flag_only_restores(device, skip):
     w, g, m = (tensors(F32, device) for _ in range(3))
     backup, momentum = [x + 1 for x in w], [x.clone() for x in m]
     flag = torch.tensor([skip], dtype=torch.int32, device=device)
-    ops.sgd_(w, g, backup, m, [], torch.tensor(0.5), momentum=0.9, skip=flag)
+    ops.sgd_(w, g, backup, m, torch.tensor(0.5), momentum=0.9, skip=flag)
     assert equal(w, backup) == equal(m, momentum) == bool(skip)
 
 
@@ -201,7 +202,7 @@ def test_numbers_of_16_bits(device):
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
         every = every[~every.isnan()]
         w = every.clone()
-        ops.sgd_([w], [zero(len(w), device=device)], [], [], [], lr)
+        ops.sgd_([w], [zero(len(w), device=device)], [], [], lr)
         assert torch.equal(w, every)  # but for the sign of 0
         halfway = every[every.isfinite()].float()
         x = torch.cat([halfway, halfway * (1 + 2**-11), halfway * (1 + 3 * 2**-12), halfway * (1 + 2**-9)])
@@ -213,7 +214,7 @@ def test_numbers_of_16_bits(device):
             ]
         )
         w = zero(len(x), dtype=dtype, device=device)
-        ops.sgd_([w], [x], [], [], [], lr)
+        ops.sgd_([w], [x], [], [], lr)
         assert torch.equal(w, x.to(dtype))
 
 
@@ -225,7 +226,7 @@ def test_operators_pass_opcheck(device, variant):
     torch.library.opcheck(ops.joint_norm, (w, g, [0.1] * 3, [1.0] * 3, variant))
     torch.library.opcheck(ops.perturb_, (w, g, backup, torch.full((3,), 0.1, dtype=F64, device=device), variant))
     torch.library.opcheck(ops.restore_, (w, backup))
-    torch.library.opcheck(ops.sgd_, (w, g, backup, m, steps, lr), {"momentum": 0.9})
+    torch.library.opcheck(ops.sgd_, (w, g, backup, m, lr), {"momentum": 0.9})
     torch.library.opcheck(ops.adam_, (w, g, backup, m, v, steps, lr))
 
 
@@ -235,7 +236,7 @@ def test_operators_in_a_compiled_function(device):
         backup = [torch.empty_like(x) for x in w]
         ops.perturb_(w, g1, backup, c, "sam")
         moved = [x.clone() for x in w]
-        ops.sgd_(w, g2, backup, m, [], lr, momentum=0.9, skip=nonfinite)
+        ops.sgd_(w, g2, backup, m, lr, momentum=0.9, skip=nonfinite)
         return moved
 
     arguments = [tensors(F32, device, (3, 1025)) for _ in range(4)] + [torch.tensor(0.1)]
@@ -251,7 +252,7 @@ def test_operators_bump_versions(device):
     for call in (
         lambda: ops.perturb_(w, g, backup, torch.ones(2, dtype=F64, device=device), "sam"),
         lambda: ops.restore_(w, backup),
-        lambda: ops.sgd_(w, g, backup, m, [], torch.tensor(0.1), momentum=0.9),
+        lambda: ops.sgd_(w, g, backup, m, torch.tensor(0.1), momentum=0.9),
     ):
         versions = [x._version for x in w]
         call()
@@ -266,9 +267,13 @@ def test_operators_refuse_bad_input():
         (RuntimeError, "shape", lambda: ops.perturb_(w, g[::-1], [x.clone() for x in w], ones, "sam")),
         (ValueError, "unknown variant", lambda: ops.perturb_(w, g, [x.clone() for x in w], ones, "asam")),
         (RuntimeError, "equal lengths", lambda: ops.restore_(w, w[:1])),
+        (RuntimeError, "equal lengths", lambda: ops.joint_norm(w, [], [0.1] * 2, [1.0] * 2, "sam")),
+        (RuntimeError, "equal lengths", lambda: ops.perturb_(w, g, [], ones, "sam")),
+        (RuntimeError, "equal lengths", lambda: ops.sgd_(w, g, [], [], torch.tensor(0.1), momentum=0.9)),
+        (RuntimeError, "step count", lambda: ops.adam_(w, g, [], w, w, [ones[:1]] * 2, torch.tensor(0.1))),
         (RuntimeError, "a rho", lambda: ops.joint_norm(w, g, [0.1], [1.0, 1.0], "sam")),
         (TypeError, "float32, float64, bfloat16 and float16", lambda: ops.restore_([w[0].to(torch.cfloat)], [w[0]])),
-        (TypeError, "a gradient is", lambda: ops.sgd_(w, [x.half() for x in g], [], [], [], torch.tensor(0.1))),
+        (TypeError, "a gradient is", lambda: ops.sgd_(w, [x.half() for x in g], [], [], torch.tensor(0.1))),
     ):
         with pytest.raises(error, match=match):
             call()
@@ -614,16 +619,127 @@ def test_groups_that_change_between_the_passes():
 
 
 def test_dampening_after_a_skipped_first_update(device):
-    """The first momentum is the whole gradient, also if a step before it was skipped on the device."""
-    params = [nn.Parameter(torch.zeros(5, device=device))]
-    opt = mup2_fused.SAM(params, rho=0.1, lr=1.0, momentum=0.9, dampening=0.5)
-    for value in (math.nan, 1.0):
-        params[0].grad = torch.full((5,), value, device=device)
+    """The first momentum is the whole gradient, also if a step before it was skipped or a state was loaded."""
+    for SAM in (mup2_fused.SAM, mup2_ref.SAM):
+        params = [nn.Parameter(torch.zeros(5, device=device))]
+        opt = SAM(params, rho=0.1, lr=1.0, momentum=0.9, dampening=0.5)
+        empty = copy.deepcopy(opt.state_dict())
+        for value in (math.nan, 1.0, 1.0):
+            params[0].grad = torch.full((5,), value, device=device)
+            opt.first_step()
+            opt.second_step()
+            opt = copy.deepcopy(opt)
+            params = opt.param_groups[0]["params"]
+        assert opt.skipped_steps == 1
+        torch.testing.assert_close(params[0].detach(), torch.full((5,), -1.0 - 1.4, device=device))
+        opt.load_state_dict(empty)
+        params[0].grad = torch.ones(5, device=device)
         opt.first_step()
         opt.second_step()
-        opt = copy.deepcopy(opt)
-        params = opt.param_groups[0]["params"]
-    assert opt.skipped_steps == 1 and torch.equal(params[0].detach(), torch.full((5,), -1.0, device=device))
+        assert torch.equal(opt.state[params[0]]["momentum_buffer"], torch.ones(5, device=device))
+
+
+@pytest.mark.parametrize("how", ["the same memory", "twice in a group", "overlapping"])
+def test_parameters_that_share_memory(SAM, how):
+    """Every backup is of the weights before the first perturbation."""
+    memory = torch.arange(1.0, 12.0)
+    a = nn.Parameter(memory[:8])
+    b = {"the same memory": nn.Parameter(a.data), "twice in a group": a, "overlapping": nn.Parameter(memory[5:])}[how]
+    before = memory.clone()
+    with pytest.warns() if a is b else contextlib.nullcontext():
+        opt = SAM([a, b], rho=0.5, lr=0.1)
+    for _ in range(2):
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+        opt.first_step()
+        assert not torch.equal(memory, before)
+        opt.restore()
+        assert torch.equal(memory, before)
+
+
+def test_elements_that_share_memory_are_refused_and_nothing_stays_perturbed(SAM):
+    a, b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1).expand(3))
+    before = [a.detach().clone(), b.detach().clone()]
+    opt = SAM([a, b], rho=0.5, lr=0.1)
+    set_gradients([a, b])
+    with pytest.raises(RuntimeError):
+        opt.first_step()
+    assert equal([a, b], before)
+
+
+def test_an_interrupt_in_a_step_leaves_the_weights_restored(monkeypatch):
+    """Python raises KeyboardInterrupt between two instructions: here, right after the compiled part."""
+
+    class Interrupted(mup2_fused._C.Plan):
+        def climb(self, optimizer):
+            super().climb(optimizer)
+            raise KeyboardInterrupt
+
+    params = [nn.Parameter(torch.randn(5))]
+    before = [p.detach().clone() for p in params]
+    opt = mup2_fused.SAM(params, rho=0.5, lr=0.1)
+    opt._plan = Interrupted()
+    set_gradients(params)
+    with pytest.raises(KeyboardInterrupt):
+        opt.first_step()
+    assert equal(params, before) and opt._backup is None
+
+
+def test_gradients_that_are_lazily_negated(SAM):
+    w = nn.Parameter(torch.zeros(3))
+    w.grad = torch._neg_view(torch.ones(3))
+    opt = SAM([w], rho=1.0, lr=0.1)
+    opt.first_step()
+    assert (w < 0).all()
+    opt.second_step()
+    assert torch.allclose(w, torch.full((3,), 0.1))
+
+
+def test_a_learning_rate_of_numpy(SAM):
+    params = [nn.Parameter(torch.randn(5))]
+    before = params[0].detach().clone()
+    opt = SAM(params, rho=0.1, lr=0.1)
+    opt.param_groups[0]["lr"] = np.float32(0.5)
+    set_gradients(params)
+    opt.first_step(), opt.second_step()
+    torch.testing.assert_close(params[0].detach(), before - 0.5 * params[0].grad)
+
+
+def test_gradients_are_unscaled_in_skipped_steps_too(SAM):
+    params = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(0))]
+    opt, scaler = SAM(params, torch.optim.AdamW, rho=0.1, lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    set_gradients(params)
+    opt.first_step()
+    params[0].grad.fill_(8.0)[0, 0] = math.inf
+    scaler.step(opt)
+    assert (params[0].grad.flatten()[1:] == 1).all() and opt.skipped_steps == 1
+    opt.first_step(), opt.restore()
+
+
+def test_a_patched_base_optimizer_is_called(SAM):
+    params, calls = [nn.Parameter(torch.randn(5))], []
+    opt = SAM(params, rho=0.1, lr=0.1)
+    opt.base_optimizer.step = lambda: calls.append(1)
+    set_gradients(params)
+    opt.first_step(), opt.second_step()
+    assert calls == [1]
+
+
+def test_missing_hyperparameters_and_state_raise(SAM):
+    params = [nn.Parameter(torch.randn(5))]
+    before = [p.detach().clone() for p in params]
+    opt = SAM(params, torch.optim.AdamW, rho=0.1, lr=0.0, weight_decay=0.0)
+    set_gradients(params)
+    opt.first_step(), opt.second_step()
+    del opt.state[params[0]]["step"]
+    opt.first_step()
+    with pytest.raises((KeyError, TypeError)):
+        opt.second_step()
+    del opt.param_groups[0]["lr"]
+    opt.first_step()
+    with pytest.raises(KeyError):
+        opt.second_step()
+    assert equal(params, before)
 
 
 def test_more_groups_than_a_launch_holds(device):

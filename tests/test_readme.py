@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import step_time
 import transfer
 
 README = (ROOT / "README.md").read_text()
@@ -15,17 +16,21 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def test_usage_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    import mup2_fused
     import mup2_ref
 
+    usage, fused = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
     names = {
         "Model": lambda width: mup2_ref.MLP(5, width, 3),
         "loader": [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(2)],
         "loss_function": torch.nn.functional.cross_entropy,
     }
-    exec(code, names)
+    exec(usage, names)
     assert isinstance(names["opt"].base_optimizer, torch.optim.SGD) and len(names["groups"]) == 3
     assert all("momentum_buffer" in state for state in names["opt"].state.values())
+    exec(fused, names)
+    assert isinstance(names["opt"], mup2_fused.SAM)
+    names["opt"].step(names["closure"])
 
 
 def test_links_point_at_what_they_name():
@@ -39,7 +44,7 @@ def test_links_point_at_what_they_name():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("word", ["make demo", "make test"])
+@pytest.mark.parametrize("word", ["make demo", "make test", "make bench", "make cuda", "make gpu"])
 def test_commands_exist(word):
     assert word in README and f"\n{word.split()[1]}:" in (ROOT / "Makefile").read_text()
 
@@ -47,6 +52,21 @@ def test_commands_exist(word):
 def test_table_is_the_committed_one():
     rows = json.loads((RESULTS / "transfer_mnist1d.json").read_text())["rows"]
     assert transfer.format_table(rows) in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_step_times_are_the_committed_ones(path):
+    assert step_time.markdown_table(json.loads(path.read_text())) in README
+
+
+def test_numbers_of_tensors_per_launch():
+    import mup2_fused
+
+    n = mup2_fused._C.tensors_per_launch
+    both = min(n["norm"], n["perturb"])
+    assert (
+        f"(for up to {n['sgd']} tensors with SGD, {n['adam']} with AdamW; {both} for norm and perturbation)" in README
+    )
 
 
 def test_exponents_are_the_committed_ones():

@@ -90,7 +90,7 @@ Side make(const Case& c) {
       if (which < kM || c.moments) e.ptr[which] = side.memories.back().data();
     }
     side.steps.push_back(i % 3);
-    e.ptr[c.adam ? 5 : 4] = &side.steps.back();
+    if (c.adam) e.ptr[kSteps] = &side.steps.back();
     side.entries.push_back(e);
   }
   if (c.overflow) ((float*)side.entries[0].ptr[kG])[c.sizes[0] - 1] = 1e30f;
@@ -124,7 +124,7 @@ template <class Method> void update(const Case& c, Side& cpu_side, Side& cuda_si
   memset(hypers.data(), 0, hypers.size() * sizeof hypers[0]);
   for (int i = 0; i < c.n_groups; ++i) {
     if constexpr (std::is_same_v<Method, Sgd>)
-      hypers[i] = {0.1 + 0.01 * i, i % 2 * 0.05, 0.9, i % 2 * 0.3, nullptr, i % 4 == 0, i % 3 == 1};
+      hypers[i] = {0.1 + 0.01 * i, i % 2 * 0.05, 0.9, i % 2 * 0.3, nullptr, i % 4 == 0, i % 3 == 1, i % 5 == 1};
     else
       hypers[i] = {0.1 + 0.01 * i, 0.05, 0.9, 0.999, 1e-8, nullptr, i % 2 == 0, i % 3 == 1};
   }
