@@ -206,7 +206,11 @@ def load(name: str) -> tuple[nn.Module, Loss]:
     if not factory:
         raise SystemExit(f"--model is module:factory, such as torchvision.models:resnet18, not {name!r}")
     sys.path.insert(0, "")
-    made = getattr(importlib.import_module(module), factory)()
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(f"--model {name}: {error}; the module must be importable from here") from error
+    made = make()
     return made if isinstance(made, tuple) else (made, smooth)
 
 

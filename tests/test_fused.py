@@ -397,6 +397,8 @@ def test_verify_takes_a_model(tmp_path, monkeypatch, capsys):
     assert "mine:net" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="module:factory"):
         verify.main(["--model", "mine"])
+    with pytest.raises(SystemExit, match="must be importable from here"):
+        verify.main(["--model", "mine:absent"])
 
 
 def quadratic(params):
