@@ -305,6 +305,7 @@ def test_the_walk_over_many_tensors_covers_each_element_once():
     found = mup2_fused._C.walk(sizes, list(range(chunks)))
     assert [sum(n for t, _, n in found if t == i) for i in range(0, 3000, 500)] == sizes[::500]
     assert sum(n for _, _, n in found) == sum(sizes) and len(found) == chunks
+    assert all(mup2_fused._C.walk(sizes, [chunk]) == [found[chunk]] for chunk in range(0, chunks, 97))
 
 
 # ------------------------------------------------------------------------------------------------ determinism
