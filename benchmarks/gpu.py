@@ -21,7 +21,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit(f"error: {sys.executable} has no torch; name a Python that has it: make gpu PYTHON=...")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
