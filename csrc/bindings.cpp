@@ -173,25 +173,25 @@ struct Workspace {
   NormState state = {};
 
   explicit Workspace(at::Device d)
-      : ints(at::zeros({4}, at::TensorOptions().device(d).dtype(at::kInt))),
+      : ints(at::zeros({2}, at::TensorOptions().device(d).dtype(at::kInt))),
         skipped(at::zeros({1}, at::TensorOptions().device(d).dtype(at::kLong))) {}
-  // [nonfinite, nonfinite of the second gradients, counter of the update, unused, counters of the norm ...]
+  // ints: [nonfinite, counter of the update, counters of the norm ...]
   void reserve(int64_t tensors, int64_t partials, bool layerwise) {
-    const int64_t n_doubles = 2 + 3 * tensors + partials * (layerwise ? 2 : 1), n_ints = 5 + tensors;
+    const int64_t n_doubles = 2 + 3 * tensors + partials * (layerwise ? 2 : 1), n_ints = 3 + tensors;
     if (ints.numel() < n_ints) {
       Tensor more = at::zeros({2 * n_ints}, ints.options());
-      more.slice(0, 0, 4).copy_(ints.slice(0, 0, 4));
+      more.slice(0, 0, 2).copy_(ints.slice(0, 0, 2));
       ints = more;
     }
     if (!doubles.defined() || doubles.numel() < n_doubles)
       doubles = at::empty({n_doubles + n_doubles / 4}, ints.options().dtype(at::kDouble));
     double* d = doubles.data_ptr<double>();
     int32_t* i = ints.data_ptr<int32_t>();
-    state = {d + 2 + 3 * tensors, d + 2, d + 2 + tensors, d + 2 + 2 * tensors, d, i, (uint32_t*)i + 4, int32_t(tensors), partials};
+    state = {d + 2 + 3 * tensors, d + 2, d + 2 + tensors, d + 2 + 2 * tensors, d, i, (uint32_t*)i + 2, int32_t(tensors), partials};
   }
   Control control() {
     int32_t* i = ints.data_ptr<int32_t>();
-    return {i, nullptr, nullptr, nullptr, nullptr, (uint32_t*)i + 2};
+    return {i, nullptr, nullptr, nullptr, nullptr, (uint32_t*)i + 1};
   }
 };
 
@@ -306,7 +306,7 @@ bool plain(const Tensor& t) {
                                         t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf);
 }
 
-// Whether two of the tensors may share memory: then backups must be complete before any is perturbed.
+// Whether two of the tensors may share memory: then one must be done with before the next, and no launch does that.
 bool may_overlap(const std::vector<const Tensor*>& tensors) {
   std::vector<std::pair<const char*, const char*>> ranges;
   for (const Tensor* t : tensors) {
@@ -475,6 +475,7 @@ class Plan {
     const py::list backups = optimizer.attr("_backup");
     std::vector<typename Method::Hyper> hypers;
     std::vector<Update> updates;
+    std::vector<const Tensor*> changed;
     States states(optimizer.attr("state"));
     size_t n = 0;  // backups taken
     for (py::handle group : groups) {  // everything that can say no, before anything is made
@@ -490,9 +491,10 @@ class Plan {
         if (u.g) u.state = states.find(parameter);
         if (u.g && !fits(hypers.back(), u.state)) return false;
         updates.push_back(u);
+        changed.push_back(&w);
       }
     }
-    if (n < backups.size()) return false;  // groups have changed between the passes
+    if (n < backups.size() || may_overlap(changed)) return false;  // n: groups have changed between the passes
     Entries entries;
     for (Update& u : updates) {
       entries.add(*u.w, u.group);
@@ -500,7 +502,7 @@ class Plan {
       if (u.g) entries.set(kG, *u.g, grad_scale.has_value());
       if (u.g) add_state(entries, hypers[u.group], u, create);
     }
-    for (const Update& u : updates) bump(*u.w);
+    for (const Tensor* w : changed) bump(*w);
     run_update<Method>(entries, hypers, grad_scale, found_inf, skip_nonfinite, true);
     optimizer.attr("_backup") = py::none();
     return true;
@@ -556,7 +558,7 @@ class Plan {
     return found && !found.is_none();
   }
   // With dampening the first momentum is the gradient, unless that step is skipped: torch's own code makes it.
-  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.dampening == 0 || has(state, "momentum_buffer"); }
+  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.momentum == 0 || h.dampening == 0 || has(state, "momentum_buffer"); }
   static bool fits(const Adam::Hyper&, py::handle) { return true; }
 
   void add_state(Entries& entries, const Sgd::Hyper& h, const Update& u, const py::function& create) {
@@ -613,10 +615,9 @@ class Plan {
 
 // ---------------------------------------------------------------------------------------------- compiled: operators
 
-// Entries of an operator's lists, which are all of one device; order: numbers of the non-empty ones, as kernels have them.
+// Entries of an operator's lists, which are all of one device.
 struct Lists {
   Entries entries;
-  Tensor order;
 
   struct List {
     int which;
@@ -637,6 +638,7 @@ struct Lists {
     }
     entries.sort();
   }
+  // Which tensors the kernels have, in their order: the empty ones are left out.
   Tensor numbers(at::Device device) const {
     Tensor t = at::empty({int64_t(entries.list.size())}, at::kLong);
     for (size_t i = 0; i < entries.list.size(); ++i) t.data_ptr<int64_t>()[i] = entries.list[i].index;

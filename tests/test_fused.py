@@ -659,6 +659,17 @@ def test_parameters_that_share_memory(SAM, how):
         assert torch.equal(memory, before)
 
 
+def test_parameters_that_share_memory_and_are_not_perturbed(SAM):
+    """They are updated one after the other, as by torch."""
+    memory = torch.zeros(3 * CHUNK)
+    a, b = nn.Parameter(memory), nn.Parameter(memory)
+    opt = SAM([{"params": [a, b], "perturb": False}], lr=1.0)
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    opt.first_step(), opt.second_step()
+    assert (memory == -2).all()
+
+
 def test_elements_that_share_memory_are_refused_and_nothing_stays_perturbed(SAM):
     a, b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1).expand(3))
     before = [a.detach().clone(), b.detach().clone()]
