@@ -25,8 +25,8 @@ plain SAM: learning rate and rho that were tuned there are the ones to use at ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -658,42 +658,64 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def train(
+def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train_data: tuple[Tensor, Tensor],
-    test_data: tuple[Tensor, Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    epochs: int,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> Iterator[float]:
-    """Train a classifier with cross entropy at constant learning rate; yields the test accuracy in % after each epoch.
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    scheduler: Any = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """One epoch, with SAM or any torch optimizer; returns the mean loss of its batches (at w), a scalar on the device.
 
-    train_data, test_data: (inputs, integer labels) on the model's device. seed: of the order of the samples.
-    Ends early when the loss is no longer finite.
+    batches: of (inputs, targets). scheduler: steps after every batch. autocast: context for the forward passes, such as
+    partial(torch.autocast, "cuda", torch.bfloat16). scaler: of the loss, for float16.
     """
-    x_train, y_train = train_data
-    x_test, y_test = test_data
-    shuffle = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        total = torch.zeros((), device=x_train.device)
-        model.train()
-        for batch in torch.randperm(len(x_train), generator=shuffle).to(x_train.device).split(batch_size):
-            x, y = x_train[batch], y_train[batch]
+    device = next(model.parameters()).device
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    losses = []
+    model.train()
+    for x, y in batches:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
-            def closure() -> Tensor:
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(x), y)
-                loss.backward()
-                return loss.detach()
+        def backward() -> Tensor:
+            optimizer.zero_grad()
+            with autocast():
+                loss = loss_function(model(x), y)
+            scaler.scale(loss).backward()
+            return loss.detach()
 
-            total += optimizer.step(closure)
-        if not torch.isfinite(total):
-            return
-        model.eval()
-        with torch.no_grad():
-            yield 100 * (model(x_test).argmax(1) == y_test).float().mean().item()
+        losses.append(backward())
+        if isinstance(optimizer, SAM):
+            optimizer.first_step()
+            with optimizer._restored_on_error():
+                backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if scheduler is not None:
+            scheduler.step()
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
+    """(cross entropy, correct predictions, samples), each summed over all samples, as one tensor on the device."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    model.eval()
+    for x, y in batches:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with autocast():
+            f = model(x)
+        loss = F.cross_entropy(f.float(), y, reduction="sum")
+        sums += torch.stack([loss.double(), (f.argmax(1) == y).sum().double(), loss.new_tensor(len(y)).double()])
+    return sums
 
 
 def main() -> None:

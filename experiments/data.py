@@ -7,6 +7,7 @@ its authors publish, in the python or the binary version, packed or unpacked; no
 import io
 import pickle
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,6 +41,13 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     if root is None:
         raise DataError("cifar10 is not part of this repository: pass --root, the folder with its archive")
     return _cifar10(Path(root))
+
+
+def batches(split: Split, size: int, shuffle: torch.Generator) -> Iterator[Split]:
+    """An epoch of a split that fits in memory, in random order; the last batch may be smaller."""
+    x, y = split
+    for batch in torch.randperm(len(x), generator=shuffle).to(x.device).split(size):
+        yield x[batch], y[batch]
 
 
 def _mnist1d() -> tuple[Split, Split]:

@@ -98,7 +98,12 @@ def train(run: Run, root: str | None, device: str) -> dict:
     )
     optimizer = torch.optim.SGD(groups) if run.rho == 0 else SAM(groups)
     start = time.perf_counter()
-    accuracies = list(mup2_ref.train(model, optimizer, (x, y), test, epochs=run.epochs, seed=run.seed))
+    accuracies, shuffle = [], torch.Generator().manual_seed(run.seed)
+    for _ in range(run.epochs):
+        if not mup2_ref.train_epoch(model, optimizer, datasets.batches((x, y), 64, shuffle)).isfinite():
+            break
+        _, correct, samples = mup2_ref.evaluate(model, [test]).tolist()
+        accuracies.append(100 * correct / samples)
     return run._asdict() | {
         "best": round(max(accuracies, default=100 / d_out), 2),
         "last": round(accuracies[-1], 2) if accuracies else None,

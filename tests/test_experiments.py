@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import mup2_ref
 import transfer
 
 # ------------------------------------------------------------------------------------------------ MNIST-1D
@@ -221,9 +222,9 @@ def test_sweep_on_cifar10(tmp_path, capsys):
     assert "error: no CIFAR-10 in" in capsys.readouterr().err
 
 
-def test_training_loop_evaluates_in_eval_mode():
-    import mup2_ref
-
+@pytest.mark.parametrize("kind", [torch.optim.SGD, mup2_ref.SAM])
+def test_training_loop(kind):
+    """Passes, modes, schedule and sums; that it learns what it says is test_sweep_trains_what_it_says."""
     seen = []
 
     class Spy(mup2_ref.MLP):
@@ -232,12 +233,39 @@ def test_training_loop_evaluates_in_eval_mode():
             return super().forward(x)
 
     model = Spy(4, 8, 2)
-    data_ = torch.randn(10, 4), torch.randint(2, (10,))
-    accuracies = list(
-        mup2_ref.train(model, mup2_ref.SAM(model.parameters(), lr=0.1), data_, data_, epochs=2, batch_size=5)
-    )
-    assert len(accuracies) == 2
-    assert seen == ([(True, 5, True)] * 4 + [(False, 10, False)]) * 2  # two batches, two passes, one evaluation
+    split = torch.randn(10, 4), torch.randint(2, (10,))
+    optimizer = kind(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    with torch.no_grad():
+        before = torch.nn.functional.cross_entropy(model(split[0]), split[1])
+    seen.clear()
+    loss = mup2_ref.train_epoch(model, optimizer, [split], scheduler=scheduler)
+    assert torch.equal(loss, before) and optimizer.param_groups[0]["lr"] == 0.05
+    passes = 2 if kind is mup2_ref.SAM else 1
+    assert seen == [(True, 10, True)] * passes
+    seen.clear()
+    total, correct, samples = mup2_ref.evaluate(model, data.batches(split, 4, torch.Generator())).tolist()
+    assert seen == [(False, 4, False), (False, 4, False), (False, 2, False)]
+    f = model(split[0])
+    assert (correct, samples) == ((f.argmax(1) == split[1]).sum().item(), 10)
+    assert total == pytest.approx(torch.nn.functional.cross_entropy(f, split[1], reduction="sum").item(), rel=1e-5)
+
+
+def test_training_loop_restores_when_the_second_pass_fails():
+    class Fails(mup2_ref.MLP):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            if self.passes == 2:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = Fails(4, 8, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        mup2_ref.train_epoch(model, mup2_ref.SAM(model.parameters()), [(torch.randn(3, 4), torch.tensor([0, 1, 0]))])
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before))
 
 
 def test_a_diverging_run_is_recorded(tmp_path):
