@@ -167,6 +167,7 @@ class _Tensor(NamedTuple):
     fan_out: float
     fan_in: float
     base_fan_in: int | None  # inputs of one output at the base width; None: init_ leaves this tensor alone
+    divisor: float  # of the module's input, by which mup.MuReadout keeps its weights at the base width's size; else 1
 
 
 _MATRIX_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -176,7 +177,8 @@ _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.
 def _fans(module: nn.Module, shape: torch.Size, width_dims: list[int]) -> tuple[int, int] | None:
     """(fan_out, fan_in) of a tensor; None if neither module type nor shape tells."""
     if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 1:  # grouped and transposed ones too
-        return module.out_channels, shape.numel() // module.out_channels
+        fan_out = shape[1] * module.groups if module.transposed else shape[0]
+        return fan_out, shape.numel() // fan_out
     if isinstance(module, _MATRIX_MODULES) and len(shape) == 2:
         return shape[0], shape[1]
     if isinstance(module, _NORM_MODULES):
@@ -192,14 +194,23 @@ def _fans(module: nn.Module, shape: torch.Size, width_dims: list[int]) -> tuple[
     return None  # a matrix that some forward() multiplies with, we cannot know from which side
 
 
-def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.Module, word: str | None) -> _Tensor:
-    """Role and fans, from the module's type and the dimensions that differ, or from the user's word."""
-    ratios = [n / n0 if n0 else 1.0 for n, n0 in zip(p.shape, p0.shape)]
+def _describe(
+    name: str, p: Tensor, shape0: torch.Size, module: nn.Module, module0: nn.Module | None, word: str | None
+) -> _Tensor:
+    """Role and fans, from the module's type and the dimensions that differ, or from the user's word.
+
+    module0: of the base model; None if only shapes are known (mup); there a raw matrix means what it means to mup.
+    """
+    ratios = [n / n0 if n0 else 1.0 for n, n0 in zip(p.shape, shape0)]
     width_dims = [i for i, ratio in enumerate(ratios) if ratio != 1]
-    fans, fans0 = _fans(module, p.shape, width_dims), _fans(module0, p0.shape, width_dims)
+    fans, fans0 = _fans(module, p.shape, width_dims), _fans(module0 or module, shape0, width_dims)
+    if module0 is None and p.ndim > 1 and getattr(module, "transposed", False) and module.groups > 1:
+        fans = None  # as its groups at the base width are not known
+    elif module0 is None and fans is None and p.ndim == 2:
+        word = word or ("input", "hidden")[len(width_dims) - 1]
     if word not in (None, *ROLES, "finite") or (fans is None and word is None) or (word == "hidden" and p.ndim < 2):
         raise ValueError(
-            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(p0.shape)}, in "
+            f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(shape0)}, in "
             f"{type(module).__name__}, roles says {word!r}). Pass roles={{'{name}': role}} with role 'input' "
             "(fan_in does not grow with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out "
             "does not grow) or 'finite'."
@@ -211,30 +222,54 @@ def _describe(name: str, p: Tensor, p0: Tensor, module: nn.Module, module0: nn.M
         fan_out, fan_in = {"input": (grown, 1.0), "output": (1.0, grown), "finite": (1.0, 1.0)}[word]
     role = word or ("finite", "output", "input", "hidden")[2 * (fan_out != 1) + (fan_in != 1)]
     drawn = p.ndim > 1 and isinstance(module, _MATRIX_MODULES)
-    return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn else None)
+    divides = role == "output" and any(c.__name__ == "MuReadout" for c in type(module).__mro__)
+    divisor = module.width_mult() if divides else 1.0
+    return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn else None, divisor)
 
 
-def _tensors(model: nn.Module, base_model: nn.Module, roles: dict[str, str] | None) -> dict[str, _Tensor]:
+def _base_shapes(model: nn.Module, base_model: nn.Module | None) -> dict[str, torch.Size]:
+    """Shapes at the base width, of base_model's parameters or as mup.set_base_shapes() noted them in p.infshape."""
+    if base_model is not None:
+        return {name: p.shape for name, p in base_model.named_parameters(remove_duplicate=False)}
+    shapes = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if not hasattr(p, "infshape"):
+            raise ValueError(
+                f"'{name}' has no infshape: pass base_model, or call mup.set_base_shapes(model, base, delta=...) first "
+                "(copies of a model lose what that notes)"
+            )
+        shapes[name] = torch.Size(dim.base_dim or dim.dim for dim in p.infshape)
+    return shapes
+
+
+def _agree(a: _Tensor, b: _Tensor) -> bool:
+    """Whether two places of a tied tensor ask for the same factors; mup.MuSharedReadout is made so that they do."""
+    if {a.role, b.role} == {"input", "output"}:
+        return a.divisor * b.divisor == a.fan_out * b.fan_out
+    return (a.role, a.fan_out, a.fan_in) == (b.role, b.fan_out, b.fan_in)
+
+
+def _tensors(model: nn.Module, base_model: nn.Module | None, roles: dict[str, str] | None) -> dict[str, _Tensor]:
     """Every parameter by name, a tied one by its first; raises ValueError where a role cannot be told."""
     roles = roles or {}
-    base_params = dict(base_model.named_parameters(remove_duplicate=False))
+    base_shapes = _base_shapes(model, base_model)
     names: dict[Tensor, str] = {}
     found: dict[str, _Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        if name not in base_params or base_params[name].ndim != p.ndim:
+        if name not in base_shapes or len(base_shapes[name]) != p.ndim:
             raise ValueError(
                 f"'{name}' with shape {tuple(p.shape)} has no counterpart in base_model. Build base_model with the "
                 "same code at another width, and pass both models as they are (not wrapped in DDP or torch.compile)."
             )
         first, owner = names.setdefault(p, name), name.rpartition(".")[0]
-        modules = model.get_submodule(owner), base_model.get_submodule(owner)
-        tensor = _describe(name, p, base_params[name], *modules, roles.get(first))
-        if found.setdefault(first, tensor)[2:5] != tensor[2:5]:
+        module0 = None if base_model is None else base_model.get_submodule(owner)
+        tensor = _describe(name, p, base_shapes[name], model.get_submodule(owner), module0, roles.get(first))
+        if not _agree(found.setdefault(first, tensor), tensor):
             raise ValueError(
                 f"'{first}' ({found[first].role}) and '{name}' ({tensor.role}) are one tied tensor in two roles. Say "
                 f"which one counts: roles={{'{first}': '{found[first].role}'}}."
             )
-    if missing := base_params.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
+    if missing := base_shapes.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
         raise ValueError(f"base_model has parameters that the model lacks: {sorted(missing)}")
     if unknown := set(roles) - set(found):
         raise ValueError(f"roles names parameters that the model does not have: {sorted(unknown)}")
@@ -268,7 +303,12 @@ def _init_scale(t: _Tensor, parameterization: str) -> float:
 def _perturbation_scales(
     e: Exponents, t: _Tensor, width: float | None, init_scale: float, decoupled: bool
 ) -> tuple[float, float]:
-    """(factor of rho, gradnorm_scaling) of one tensor: n^(-d - d_l) and n^(-d_l), or Algorithm 1's for the latter."""
+    """(factor of rho, gradnorm_scaling) of one tensor: n^(-d - d_l) and n^(-d_l), or Algorithm 1's for the latter.
+
+    They are those of the matrix V that is applied. Where the module divides its input by a, the parameter is W = a V:
+    e_W = a e_V and dL/dV = a dL/dW put a² into rho's factor and a into the norm's. T² g and T g of the adaptive
+    variants contain them.
+    """
     if not any(e.dl):
         return _scale((-e.d,) * 3, t, width), 1.0
     gradient, t_exponents, _ = _raw(e.b, min(e.b[2], e.c[2]), e.variant)
@@ -278,8 +318,11 @@ def _perturbation_scales(
     joint = _add(tuple(-x for x in e.dl), t_exponents, t_exponents)
     rho_factor = _scale(_add(joint, (-e.d,) * 3), t, width) / T**2
     if decoupled:  # every layer contributes Theta(1) to the norm
-        return rho_factor, _scale(tuple(-x for x in gradient), t, width) / T
-    return rho_factor, _scale(joint, t, width) / T**2
+        norm_factor = _scale(tuple(-x for x in gradient), t, width) / T
+    else:
+        norm_factor = _scale(joint, t, width) / T**2
+    a = t.divisor if e.variant == "sam" else 1
+    return rho_factor * a**2, norm_factor * a
 
 
 def _in_norm(t: _Tensor) -> bool:
@@ -289,9 +332,9 @@ def _in_norm(t: _Tensor) -> bool:
 
 def param_groups(
     model: nn.Module,
-    base_model: nn.Module,
+    base_model: nn.Module | None = None,
     *,
-    lr: float,
+    lr: float | None,
     rho: float,
     weight_decay: float = 0.0,
     base_optimizer: str = "sgd",
@@ -305,7 +348,9 @@ def param_groups(
     """Groups for SAM (or for any torch optimizer) with the learning rate, radius and norm factor of every tensor.
 
     base_model: the same architecture at the base width, where lr and rho were tuned; it may live on the meta device.
-    A dimension that differs is a width dimension. At the base width every factor is 1.
+    A dimension that differs is a width dimension. At the base width every factor is 1. None: what mup.set_base_shapes()
+    of the mup package noted is taken; its MuReadout, which divides by the width, gets the factors that go with it.
+    lr: None leaves lr and weight_decay to an optimizer that scales them by itself, as mup.MuSGD and mup.MuAdam do.
     weight_decay: lr * weight_decay is kept independent of the width. base_optimizer: "sgd" or "adam" (AdamW).
     norm, of perturbation="effective": "decoupled" (Algorithm 1: every layer contributes Theta(1) to the norm) or
     "joint" (Definition 4: the numerator's n^(-d_l); as in the paper, take a base model of width 1 with it, as with a
@@ -323,6 +368,8 @@ def param_groups(
         raise ValueError(f"the learning rates of {parameterization!r} are SGD's; for Adam use 'sp' or 'mup'")
     if not callable(perturb):
         _check_name("perturb", perturb, ("all", "norm"))
+    if lr is None and weight_decay:
+        raise ValueError("with lr=None, weight_decay goes to the optimizer too: SAM(groups, MuSGD, weight_decay=...)")
     tensors = {name: t for name, t in _tensors(model, base_model, roles).items() if t.param.requires_grad}
     perturbed = {
         name
@@ -336,6 +383,10 @@ def param_groups(
     e = exponents(parameterization, perturbation, variant, tuple(r for r in ROLES if r in active) or ROLES)
     multipliers = {ratio for t in tensors.values() for ratio in (t.fan_out, t.fan_in)} - {1.0}
     width = None if len(multipliers) > 1 else max(multipliers, default=1.0)
+    if perturbation == "global" and variant == "sam" and any(t.divisor != 1 for t in tensors.values()):
+        if not active >= set(ROLES):
+            raise ValueError("perturbation='global' with MuReadout is known for all of input, hidden and output only")
+        e = exponents(parameterization, "naive")  # the division takes 1/n off the readout's gradient: hidden dominates
 
     groups: dict[tuple, dict[str, Any]] = {}
     for name, t in tensors.items():
@@ -343,17 +394,18 @@ def param_groups(
             lr_factor = _scale(tuple(-x for x in e.c), t, width)
         else:
             lr_factor = 1 / t.fan_in if parameterization == "mup" else 1.0
+        lr_factor *= t.divisor**2 if base_optimizer == "sgd" else t.divisor  # W = a V, as in _perturbation_scales
         decoupled = norm == "decoupled" and perturbation == "effective"
         init_scale = _init_scale(t, parameterization)
         rho_factor, norm_factor = _perturbation_scales(e, t, width, init_scale, decoupled)
         settings = {
             "role": t.role,
-            "lr": lr * lr_factor,
-            "weight_decay": weight_decay / lr_factor,
             "rho": rho * rho_factor,
             "gradnorm_scaling": norm_factor,
             "perturb": name in perturbed,
         }
+        if lr is not None:
+            settings |= {"lr": lr * lr_factor, "weight_decay": weight_decay / lr_factor}
         if (rho_factor, norm_factor) != (1, 1):
             settings["variant"] = variant  # these factors hold for it alone; SAM checks
         group = groups.setdefault(tuple(settings.values()), {"params": [], "names": []} | settings)
@@ -365,7 +417,7 @@ def param_groups(
 @torch.no_grad()
 def init_(
     model: nn.Module,
-    base_model: nn.Module,
+    base_model: nn.Module | None = None,
     *,
     parameterization: str = "mup",
     zero_output: bool = False,
@@ -388,7 +440,7 @@ def init_(
         if zero_output and t.role == "output":
             t.param.zero_()
         elif t.base_fan_in is not None:
-            t.param.normal_(0, gain * t.base_fan_in**-0.5 * _init_scale(t, parameterization))
+            t.param.normal_(0, gain * t.base_fan_in**-0.5 * _init_scale(t, parameterization) * t.divisor)
         elif t.param.ndim == 1 and isinstance(t.module, _MATRIX_MODULES):
             t.param.zero_()
     return model
@@ -400,7 +452,8 @@ def report(groups: list[dict[str, Any]]) -> str:
     for g in groups:
         for name, p in zip(g["names"], g["params"]):
             radius = (f"{g['rho']:.4g}", f"{g['gradnorm_scaling']:.4g}") if g["perturb"] else ("-", "-")
-            rows.append((name, "x".join(map(str, p.shape)), g["role"], f"{g['lr']:.4g}", *radius))
+            lr = f"{g['lr']:.4g}" if "lr" in g else "-"
+            rows.append((name, "x".join(map(str, p.shape)), g["role"], lr, *radius))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
 
@@ -450,7 +503,8 @@ class SAM(torch.optim.Optimizer):
         norm = sqrt(sum_l (gradnorm_scaling_l ||T g_l||)²)        e_l = rho_l T² g_l / (norm + 1e-12)
 
     rho: radius of groups without their own, in units of the weights' Euclidean norm for variant "sam", relative to
-    it for the adaptive ones. variant: "sam", "elementwise" or "layerwise". base_kwargs go to base_optimizer.
+    it for the adaptive ones. variant: "sam", "elementwise" or "layerwise". base_kwargs go to base_optimizer, a class or
+    a function that makes an optimizer from groups, such as mup.MuSGD.
     skip_nonfinite: also skip the update if a gradient of the second pass is not finite (one more read of them all).
 
     Use step(closure), or first_step() and second_step() after a backward each. A first gradient that is not finite
@@ -467,20 +521,17 @@ class SAM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        base_optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        base_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
         *,
         rho: float = 0.05,
         variant: str = "sam",
         skip_nonfinite: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
+        if isinstance(base_optimizer, type):
+            self._check_base(base_optimizer)
+        elif isinstance(base_optimizer, torch.optim.Optimizer) or not callable(base_optimizer):
             raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, not {base_optimizer!r}")
-        if issubclass(base_optimizer, (torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.SparseAdam)):
-            raise TypeError(
-                f"{base_optimizer.__name__} cannot be the base: LBFGS evaluates the loss inside its step, Adadelta has "
-                "a rho of its own in its groups, SparseAdam takes sparse gradients only"
-            )
         if base_kwargs.get("differentiable"):
             raise ValueError("SAM changes weights in place and cannot be differentiable=True")
         _check_name("variant", variant, VARIANTS)
@@ -491,9 +542,26 @@ class SAM(torch.optim.Optimizer):
         if not isinstance(params, Tensor):  # which torch refuses with a clear message
             params = [dict(p) if isinstance(p, dict) else p for p in params]
         super().__init__(params, own)
+        given = {p: g["lr"] for g in self.param_groups if "role" in g and "lr" in g for p in g["params"]}
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self._check_base(type(self.base_optimizer))
+        if any(given.get(p, g["lr"]) != g["lr"] for g in self.base_optimizer.param_groups for p in g["params"]):
+            raise ValueError(
+                f"{base_optimizer} scales learning rates, and those of these groups are scaled already: make them with "
+                "param_groups(lr=None) and give lr to SAM"
+            )
         self.defaults = self.base_optimizer.defaults | own
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    @staticmethod
+    def _check_base(kind: type) -> None:
+        if not issubclass(kind, torch.optim.Optimizer):
+            raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, or returns one's object, not {kind!r}")
+        if issubclass(kind, (torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.SparseAdam)):
+            raise TypeError(
+                f"{kind.__name__} cannot be the base: LBFGS evaluates the loss inside its step, Adadelta has a rho of "
+                "its own in its groups, SparseAdam takes sparse gradients only"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises ValueError for a bad rho or gradnorm_scaling, or groups made for another variant."""

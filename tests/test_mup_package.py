@@ -1,0 +1,252 @@
+"""Models of the mup package: factors from p.infshape, MuReadout's convention, MuSGD and MuAdam as base optimizers."""
+
+import copy
+
+import mup
+import pytest
+import torch
+from torch import nn
+
+import mup2_ref
+import networks
+from mup2_ref import init_, param_groups
+
+BASE, WIDE, M = 8, 32, 4
+
+
+def mlp(n, readout=nn.Linear):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(48, n), nn.Tanh(), nn.Linear(n, 2 * n), nn.Tanh(), nn.Linear(2 * n, n), readout(n, 5)
+    )
+
+
+def resnet(n, readout=nn.Linear):
+    return networks.ResNet18(n, 5, readout=readout)
+
+
+def vit(n, readout=nn.Linear):
+    return networks.ViT(n, 2, 4, image=4, patch=2, classes=5, base_head_dim=BASE // 4, readout=readout)
+
+
+NETWORKS = {"mlp": mlp, "resnet": resnet, "vit": vit}
+
+
+def with_infshapes(build, n=WIDE, base=BASE):
+    """As mup's users make a model."""
+    model = build(n, mup.MuReadout)
+    return mup.set_base_shapes(model, build(base, mup.MuReadout), delta=build(2 * base, mup.MuReadout))
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(6, 3, 4, 4, dtype=dtype), torch.randint(5, (6,))
+
+
+def closure_of(model, opt, x, y):
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+# ------------------------------------------------------------------------------------------- Algorithm 1
+
+
+def growth(p):
+    """r of the paper's Algorithm 1, by infinite dimensions: 1, the multiplier, the growth of fan_out / fan_in."""
+    sizes = [(d.dim, d.base_dim) for d in p.infshape if d.base_dim is not None]
+    if len(sizes) == 2:
+        (out, out0), (inp, inp0) = sizes
+        return (out / inp) * (inp0 / out0)
+    return sizes[0][0] / sizes[0][1] if sizes else 1.0
+
+
+def uneven(n, readout=nn.Linear):
+    """Its middle grows with n², so that the first hidden layer's fan_out grows more than its fan_in."""
+    k = n * n // 16
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, n), nn.Tanh(), nn.Linear(n, k), nn.Linear(k, n), readout(n, 5))
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, "uneven"])
+def test_step_equals_algorithm_1(network, SAM):
+    model = with_infshapes(NETWORKS.get(network, uneven)).double()
+    r = {name: growth(p) for name, p in model.named_parameters()}
+    assert set(r.values()) == {1.0, 4.0, 16.0, 0.25} if network == "uneven" else {1.0, 4.0}
+    opt = SAM(param_groups(model, lr=0.1, rho=0.3))
+    x, y = batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norm = sum((r[name] ** 0.5 * p.grad.norm()) ** 2 for name, p in model.named_parameters()) ** 0.5
+    opt.first_step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p - before[name], 0.3 * r[name] * p.grad / norm, rtol=1e-9, atol=1e-13)
+    opt.second_step()
+    for name, p in model.named_parameters():  # MuSGD's learning rate is the same multiple
+        torch.testing.assert_close(p - before[name], -0.1 * r[name] * p.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("perturbation", ["naive", "global"])
+def test_naive_and_global_are_plain_sam(network, perturbation):
+    """The readout's gradient is 1/n smaller here, so that hidden layers dominate and one radius is stable."""
+    groups = param_groups(with_infshapes(NETWORKS[network]), lr=0.1, rho=0.3, perturbation=perturbation)
+    assert {(g["rho"], g["gradnorm_scaling"]) for g in groups} == {(0.3, 1.0)}
+    assert len({g["lr"] for g in groups}) > 1
+
+
+# ---------------------------------------------------------------------- with and without the multiplier
+
+
+@pytest.mark.parametrize("network", ["mlp", "vit"])  # the factors of a ResNet are the same; it is the slowest
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(variant="sam"),
+        dict(variant="elementwise"),
+        dict(variant="layerwise"),
+        dict(norm="joint"),
+        dict(perturbation="balanced"),
+        dict(perturbation="first-layer", variant="layerwise"),
+        dict(perturb=lambda name, p: "head" in name or name.startswith("6")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_trajectories_do_not_depend_on_the_convention(network, options, base, SAM):
+    """W = m V: five steps from the same function, with momentum or moments and weight decay, in float64."""
+    build = NETWORKS[network]
+    theirs, ours, base_model = with_infshapes(build).double(), build(WIDE).double(), build(BASE)
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.copy_(q)
+        readouts = [list(m.modules())[-1] for m in (ours, theirs)] if network == "mlp" else [ours.head, theirs.head]
+        a = readouts[1].width_mult()
+        assert isinstance(readouts[1], mup.MuReadout) and a == M
+        readouts[0].weight.div_(a)
+    x, y = batch()
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-12, atol=1e-13)
+    optimizers, losses = [], []
+    for model, base_or_none in ((ours, base_model), (theirs, None)):
+        groups = param_groups(model, base_or_none, lr=0.02, rho=0.1, weight_decay=0.1, base_optimizer=base, **options)
+        kind, kwargs = {
+            "sgd": (torch.optim.SGD, dict(momentum=0.9)),
+            "adam": (torch.optim.AdamW, dict(eps=1e-30)),  # eps would weigh differently in the two
+        }[base]
+        optimizers.append(SAM(groups, kind, variant=options.get("variant", "sam"), **kwargs))
+        losses.append([optimizers[-1].step(closure_of(model, optimizers[-1], x, y)).item() for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and losses[0][0] != losses[0][-1]
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        scale = a if p is readouts[0].weight else 1
+        torch.testing.assert_close(p * scale, q, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_init_gives_the_same_function_in_both_conventions(network):
+    theirs, ours, base = with_infshapes(NETWORKS[network]), NETWORKS[network](WIDE), NETWORKS[network](BASE)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        q.data.copy_(p)  # what is not drawn
+    for model, other in ((ours, base), (theirs, None)):
+        torch.manual_seed(1)
+        init_(model, other)
+    for model in (ours, theirs):
+        model.eval()
+    x, _ = batch(torch.float32)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-6) and ours(x).std() > 0.01
+
+
+# --------------------------------------------------------------------------- mup's own optimizers
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_mup_optimizers_as_base(network, base, SAM):
+    """They split and reorder groups and scale the learning rates; the result is that of scaled groups."""
+    x, y = batch()
+    model = with_infshapes(NETWORKS[network]).double()
+    other = with_infshapes(NETWORKS[network]).double()  # as mup's attributes do not survive a deepcopy
+    other.load_state_dict(model.state_dict())
+    kwargs = dict(weight_decay=0.1)
+    scaled = param_groups(model, lr=0.05, rho=0.2, base_optimizer=base, **kwargs)
+    bare = param_groups(other, lr=None, rho=0.2, base_optimizer=base)
+    assert all("lr" not in g and "weight_decay" not in g for g in bare) and "-" in mup2_ref.report(bare)
+    torch_kind, mup_kind = {"sgd": (torch.optim.SGD, mup.MuSGD), "adam": (torch.optim.AdamW, mup.MuAdamW)}[base]
+    a, b = SAM(scaled, torch_kind), SAM(bare, mup_kind, lr=0.05, **kwargs)
+    assert type(b.base_optimizer) is torch_kind and all("gradnorm_scaling" in g for g in b.param_groups)
+    for opt, m in ((a, model), (b, other)):
+        for _ in range(3):
+            opt.step(closure_of(m, opt, x, y))
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
+    again = SAM(param_groups(other, lr=None, rho=0.2, base_optimizer=base), mup_kind, lr=0.05, **kwargs)
+    again.load_state_dict(b.state_dict())  # their order of groups is a function of the model
+    assert [g["lr"] for g in again.param_groups] == [g["lr"] for g in b.param_groups]
+
+
+def test_plain_sam_in_muP_with_mup_alone(SAM):
+    model = with_infshapes(mlp)
+    opt = SAM(model.parameters(), mup.MuSGD, lr=0.05, rho=0.2, momentum=0.9)
+    assert len({g["lr"] for g in opt.param_groups}) > 1 and {g["rho"] for g in opt.param_groups} == {0.2}
+    opt.step(closure_of(model, opt, *batch(torch.float32)))
+
+
+def test_learning_rates_are_never_scaled_twice(SAM):
+    groups = param_groups(with_infshapes(mlp), lr=0.05, rho=0.2)
+    with pytest.raises(ValueError, match=r"scaled already: make them with param_groups\(lr=None\)"):
+        SAM(groups, mup.MuSGD)
+    with pytest.raises(ValueError, match="weight_decay goes to the optimizer too"):
+        param_groups(with_infshapes(mlp), lr=None, rho=0.2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("bad", [torch.optim.SGD([torch.zeros(2)], lr=0.1), "sgd", None, lambda groups: None, dict])
+def test_what_makes_no_optimizer_is_refused(bad, SAM):
+    with pytest.raises(TypeError, match="base_optimizer is a class"):
+        SAM([torch.zeros(2, requires_grad=True)], bad)
+    with pytest.raises(TypeError, match="Adadelta cannot be the base"):
+        SAM([torch.zeros(2, requires_grad=True)], lambda groups: torch.optim.Adadelta(groups))
+
+
+# ------------------------------------------------------------------------------------------- odd models
+
+
+class Shared(nn.Module):
+    def __init__(self, n, readout=None):
+        super().__init__()
+        self.embed = nn.Embedding(11, n)
+        self.hidden = nn.Linear(n, n)
+        self.head = mup.MuSharedReadout(self.embed.weight, bias=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(self.embed(x))))
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_a_readout_shared_with_the_embedding_needs_no_word(base):
+    model = mup.set_base_shapes(Shared(WIDE), Shared(BASE), delta=Shared(2 * BASE))
+    [g] = [g for g in param_groups(model, lr=1.0, rho=1.0, base_optimizer=base) if "embed.weight" in g["names"]]
+    assert (g["rho"], g["gradnorm_scaling"], g["lr"]) == (M, M**0.5, M if base == "sgd" else 1)
+
+
+class Raw(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.table, self.matrix = nn.Parameter(torch.randn(7, n)), nn.Parameter(torch.randn(2 * n, n))
+        self.up = nn.ConvTranspose2d(n, n, 2, groups=n)
+
+
+def test_raw_parameters_mean_what_they_mean_to_mup():
+    model = mup.set_base_shapes(Raw(WIDE), Raw(BASE), delta=Raw(2 * BASE))
+    groups = {n: g for g in param_groups(model, lr=1.0, rho=1.0, roles={"up.weight": "input"}) for n in g["names"]}
+    assert (groups["table"]["rho"], groups["matrix"]["rho"]) == (M, 1)
+    with pytest.raises(ValueError, match=r"role of 'up.weight'"):  # depthwise or not: shapes do not tell
+        param_groups(model, lr=1.0, rho=1.0)
+
+
+def test_without_infshapes():
+    model = with_infshapes(mlp)
+    with pytest.raises(ValueError, match=r"'1.weight' has no infshape: pass base_model, or call mup.set_base_shapes"):
+        param_groups(copy.deepcopy(model), lr=1.0, rho=1.0)
+    with pytest.raises(ValueError, match="no infshape"):
+        init_(nn.Linear(3, 4))
+    assert len(param_groups(model, mlp(BASE), lr=1.0, rho=1.0)) == len(param_groups(model, lr=1.0, rho=1.0))
