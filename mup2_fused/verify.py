@@ -200,17 +200,21 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths)).rstrip() for line in lines)
 
 
-def load(name: str) -> tuple[nn.Module, Loss]:
-    """The user's model, from "module:factory"."""
-    module, _, factory = name.partition(":")
-    if not factory:
-        raise SystemExit(f"--model is module:factory, such as torchvision.models:resnet18, not {name!r}")
+def attribute(name: str) -> Any:
+    """What "module:name" names; modules are also found in the current folder."""
+    module, _, attribute_name = name.partition(":")
+    if not attribute_name:
+        raise SystemExit(f"expected module:name, such as torchvision.models:resnet18, not {name!r}")
     sys.path.insert(0, "")
     try:
-        make = getattr(importlib.import_module(module), factory)
+        return getattr(importlib.import_module(module), attribute_name)
     except (ImportError, AttributeError) as error:
-        raise SystemExit(f"--model {name}: {error}; the module must be importable from here") from error
-    made = make()
+        raise SystemExit(f"{name}: {error}; the module must be importable from here") from error
+
+
+def load(name: str) -> tuple[nn.Module, Loss]:
+    """The user's model, from "module:factory"."""
+    made = attribute(name)()
     return made if isinstance(made, tuple) else (made, smooth)
 
 

@@ -396,7 +396,7 @@ def test_verify_takes_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert verify.main(["--model", "mine:net"]) == 0
     assert "mine:net" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="module:factory"):
+    with pytest.raises(SystemExit, match="module:name"):
         verify.main(["--model", "mine"])
     with pytest.raises(SystemExit, match="must be importable from here"):
         verify.main(["--model", "mine:absent"])

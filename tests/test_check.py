@@ -1,0 +1,401 @@
+"""The perturbation check passes what is right and names what is wrong."""
+
+import functools
+import math
+import re
+
+import mup
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mup2_ref
+import networks
+from mup2_fused import check as checker
+from mup2_fused.check import check
+from mup2_ref import init_, param_groups
+
+WIDTHS = [32, 64, 128, 256]
+LR, RHO = 0.02, 0.02
+
+
+class Net(nn.Module):
+    """An MLP with biases and a normalization."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.first, self.norm, self.hidden, self.head = (
+            nn.Linear(20, n),
+            nn.LayerNorm(n),
+            nn.Linear(n, n),
+            nn.Linear(n, 10),
+        )
+
+    def forward(self, x):
+        return self.head(F.relu(self.hidden(F.relu(self.norm(self.first(x))))))
+
+
+class GPT(nn.Module):
+    """Decoder with learned positions and an untied readout: tokens (B, T) -> logits (B, T, 30)."""
+
+    def __init__(self, n, heads=2):
+        super().__init__()
+        self.tokens, self.position = nn.Embedding(30, n), nn.Parameter(0.1 * torch.randn(1, 16, n))
+        self.norms = nn.ModuleList(nn.LayerNorm(n) for _ in range(3))
+        self.qkv, self.out, self.heads = nn.Linear(n, 3 * n), nn.Linear(n, n), heads
+        self.up, self.down, self.head = nn.Linear(n, 4 * n), nn.Linear(4 * n, n), nn.Linear(n, 30, bias=False)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens) + self.position
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norms[0](x)).chunk(3, dim=2))
+        scale = (WIDTHS[0] // self.heads) ** 0.5 / q.shape[-1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return self.head(self.norms[2](x))
+
+
+def vit(n):
+    return networks.ViT(n, 2, 4, image=8, patch=2, classes=10, base_head_dim=WIDTHS[0] // 4)
+
+
+CORRECT = {
+    "mlp": (lambda n: mup2_ref.MLP(20, n, 10), {}),
+    "net": (Net, {}),
+    "resnet": (lambda n: networks.ResNet18(n // 4, 10), dict(input_shape=(3, 8, 8), seeds=2)),
+    "vit": (vit, dict(input_shape=(3, 8, 8), seeds=2)),
+    "gpt": (GPT, dict(seeds=2)),
+}
+
+
+@pytest.mark.parametrize("base_optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("network", CORRECT)
+def test_correct_models_pass(network, base_optimizer):
+    factory, options = CORRECT[network]
+    widths = WIDTHS[:3] if network == "resnet" else WIDTHS
+    report = check(factory, widths, base_optimizer=base_optimizer, **options)
+    assert report.passed, str(report)
+    model = factory(WIDTHS[0])
+    assert [r.name for r in report.rows] == [*dict(model.named_parameters()), checker.WHOLE]
+    measurable = [r for r in report.rows if not math.isnan(r.slopes["perturbation"].value)]
+    assert len(measurable) >= len(report.rows) - 2, "all but the keys' biases"
+    assert f"Passed: {len(report.rows) - 1} parameters" in str(report)
+
+
+@pytest.mark.parametrize("variant", ["elementwise", "layerwise"])
+def test_adaptive_variants_pass(variant):
+    assert check(Net, WIDTHS, variant=variant, rho=0.2).passed
+    assert check(Net, WIDTHS, variant=variant, groups=correct(variant=variant)).passed
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+def initialised(model):
+    return init_(model, Net(WIDTHS[0]))
+
+
+def correct(base_width=WIDTHS[0], change=lambda group: None, **kwargs):
+    """A user's function that makes groups: right ones, but for the change."""
+
+    def groups(model):
+        initialised(model)
+        made = param_groups(model, Net(base_width), lr=LR, rho=RHO, **kwargs)
+        for group in made:
+            change(group)
+        return made
+
+    return groups
+
+
+def plain(model):
+    return [dict(params=initialised(model).parameters(), lr=LR, rho=RHO)]
+
+
+def base_as_wide(model):
+    initialised(model)
+    return param_groups(model, Net(model.head.in_features), lr=LR, rho=RHO)
+
+
+def base_half_as_wide(model):
+    initialised(model)
+    return param_groups(model, Net(model.head.in_features // 2), lr=LR, rho=RHO)
+
+
+def init_forgotten(model):
+    return param_groups(model, Net(WIDTHS[0]), lr=LR, rho=RHO)
+
+
+def constant_init(model):
+    """As in much code for transformers: the same standard deviation at every width."""
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.02)
+    return init_forgotten(model)
+
+
+def one_learning_rate(model):
+    return [g | dict(lr=LR) for g in correct()(model)]
+
+
+def one_radius(model):
+    return [g | dict(rho=RHO) for g in correct()(model)]
+
+
+def gradnorm_scaling_lost(model):
+    return [{k: v for k, v in g.items() if k != "gradnorm_scaling"} for g in correct()(model)]
+
+
+def swapped(model):
+    return [g | dict(rho=RHO * g["gradnorm_scaling"], gradnorm_scaling=g["rho"] / RHO) for g in correct()(model)]
+
+
+def last_bias_like_the_others(model):
+    def split(g):
+        names = [n for n in g["names"] if n == "head.bias"]
+        m = model.head.in_features / WIDTHS[0]
+        return g | dict(lr=LR * m, rho=RHO * m, gradnorm_scaling=m**0.5) if names else g
+
+    return [split(g) for g in correct()(model)]
+
+
+def upside_down(model):
+    """1/r where r belongs."""
+    return [g | dict(rho=RHO**2 / g["rho"], gradnorm_scaling=1 / g["gradnorm_scaling"]) for g in correct()(model)]
+
+
+ALL = tuple(dict(Net(8).named_parameters()))
+VECTORS = ("first.bias", "norm.weight", "norm.bias", "hidden.bias")
+INPUT = ("first.weight", *VECTORS)
+# mistake -> (groups, options, {quantity: parameters that must be found wrong}, what the advice must say)
+MISTAKES = {
+    "no muP at all": (
+        plain,
+        {},
+        {"update": (*INPUT, "head.weight"), "perturbation": (*INPUT, "head.weight")},
+        "rates and radii are the same at widths 32 and 256.*all layers have one radius: this is SAM without muP²",
+    ),
+    "SAM without muP²": (
+        correct(perturbation="naive"),
+        {},
+        {"perturbation": (*INPUT, "hidden.weight", "head.weight")},
+        r"SAM without muP².*first.weight.*its perturbation vanishes as .*, SAM does not reach this layer",
+    ),
+    "global radius": (
+        correct(perturbation="global"),
+        {},
+        {"perturbation": (*INPUT, "hidden.weight")},
+        "SAM does not reach this layer",
+    ),
+    "base model as wide as the model": (
+        base_as_wide,
+        {},
+        {"update": (*INPUT, "head.weight"), "perturbation": INPUT},
+        "base model is as wide as the model. Build the base model at one fixed width",
+    ),
+    "base model always half as wide": (
+        base_half_as_wide,
+        {},
+        {"update": (*INPUT, "head.weight"), "perturbation": INPUT},
+        "base model is as wide as the model|no muP² groups",
+    ),
+    "readout forgotten": (
+        correct(roles={"head.weight": "input"}),
+        {},
+        {"update": ("head.weight",), "perturbation": ("head.weight",)},
+        r"head.weight: its update grows as n\^\(?[234].*: multiply its learning rate by n\^",
+    ),
+    "Adam's learning rates for SGD": (
+        correct(base_optimizer="adam"),
+        {},
+        {"update": (*INPUT, "hidden.weight")},
+        r"its update vanishes as n\^-1: multiply its learning rate by n\^1",
+    ),
+    "SGD's learning rates for Adam": (
+        correct(),
+        dict(base_optimizer="adam"),
+        {"update": (*INPUT, "hidden.weight")},
+        r"its update grows as n\^1: multiply its learning rate by n\^-1",
+    ),
+    "one learning rate": (
+        one_learning_rate,
+        {},
+        {"update": (*INPUT, "head.weight")},
+        "all layers have one learning rate",
+    ),
+    "one radius, muP²'s norm": (one_radius, {}, {"perturbation": INPUT}, "multiply its rho by n"),
+    "gradnorm_scaling lost": (
+        gradnorm_scaling_lost,
+        {},
+        {"perturbation": ALL},
+        r"all perturbations change alike, as n\^\(-1/2\).*'head.weight'.*gradnorm_scaling must go with rho",
+    ),
+    "factors swapped": (swapped, {}, {"perturbation": INPUT}, "multiply its rho"),
+    "factors upside down": (upside_down, {}, {"perturbation": (*INPUT, "head.weight")}, "multiply its rho"),
+    "last bias like the others": (
+        last_bias_like_the_others,
+        {},
+        {"update": ("head.bias",), "perturbation": ("head.bias",)},
+        r"head.bias: its perturbation grows as .*it will blow up",
+    ),
+    "init_ forgotten": (
+        init_forgotten,
+        {},
+        {"init": ("head.weight",)},
+        r"initial weights are not muP's: correct them first.*head.weight: its initial weights are n\^\(1/2\) times",
+    ),
+    "constant initial weights": (
+        constant_init,
+        {},
+        {"init": ("hidden.weight", "head.weight")},
+        r"hidden.weight: its initial weights are n\^\(1/2\).*head.weight: its initial weights are n\^1",
+    ),
+    "elementwise ASAM with SAM's factors": (
+        correct(change=lambda g: g.pop("variant", None)),
+        dict(variant="elementwise", rho=0.2),
+        {"perturbation": ("hidden.weight", "head.weight")},
+        "SAM does not reach this layer",
+    ),
+    "elementwise ASAM with d of the wrong sign": (
+        correct(variant="elementwise", perturbation=(0.5, (0, 0, 0))),
+        dict(variant="elementwise", rho=0.2),
+        {"perturbation": ("first.weight", "hidden.weight", "head.weight")},
+        r"vanishes as n\^-1",
+    ),
+}
+
+
+@functools.cache
+def report_on(mistake):
+    groups, options, _, _ = MISTAKES[mistake]
+    return check(Net, WIDTHS, groups=groups, **options)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found_and_named(mistake):
+    _, _, expected, advice = MISTAKES[mistake]
+    report = report_on(mistake)
+    assert not report.passed
+    wrong = {q: {r.name for r in report.rows if q in r.wrong} for q in ("init", "update", "perturbation")}
+    for quantity, names in expected.items():
+        assert set(names) <= wrong[quantity], str(report)
+    printed = str(report)
+    assert re.search(advice, printed, re.DOTALL), printed
+    assert "FAILED" in printed
+
+
+@pytest.mark.parametrize(
+    "mistake", ["SAM without muP²", "global radius", "gradnorm_scaling lost", "one radius, muP²'s norm"]
+)
+def test_right_learning_rates_are_not_blamed(mistake):
+    assert not any("update" in r.wrong for r in report_on(mistake).rows), str(report_on(mistake))
+    assert not any("init" in r.wrong for r in report_on(mistake).rows)
+
+
+def test_own_groups_that_are_right_pass():
+    assert check(Net, WIDTHS, groups=correct()).passed
+    assert check(Net, WIDTHS, groups=correct(weight_decay=0.1)).passed
+    assert check(Net, WIDTHS, groups=correct(base_optimizer="adam"), base_optimizer="adam").passed
+    mine = check(Net, WIDTHS, groups=correct(perturb=lambda name, p: p.ndim > 1))
+    assert mine.passed and math.isnan(next(r for r in mine.rows if r.name == "first.bias").slopes["perturbation"].value)
+
+
+def test_a_wrong_role_is_found_without_own_groups():
+    class Raw(nn.Module):  # a matrix of which only its author knows the side
+        def __init__(self, n):
+            super().__init__()
+            self.first, self.readout = nn.Linear(20, n), nn.Parameter(torch.randn(n, 10) / n)
+
+        def forward(self, x):
+            return F.relu(self.first(x)) @ self.readout
+
+    assert check(Raw, WIDTHS, roles={"readout": "output"}).passed
+    report = check(Raw, WIDTHS, roles={"readout": "input"})
+    assert not report.passed and report.rows[0].wrong[0] == "init" and "first.bias" in str(report).partition("* ")[2]
+    assert "is its role wrong?" in str(report)
+
+
+# -------------------------------------------------------------------------------------- the mup package
+
+
+def with_mup(readout):
+    def factory(n):
+        def build(n):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(20, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), readout(n, 10))
+
+        return mup.set_base_shapes(build(n), build(32), delta=build(64), do_assert=False)
+
+    return factory
+
+
+def test_models_of_the_mup_package():
+    report = check(with_mup(mup.MuReadout), WIDTHS)
+    assert report.passed and report.rows[4].role == "output", str(report)
+
+    def mu_sgd(model):
+        return mup.MuSGD(param_groups(model, lr=None, rho=RHO), lr=LR).param_groups
+
+    assert check(with_mup(mup.MuReadout), WIDTHS, groups=mu_sgd).passed
+    forgotten = check(with_mup(nn.Linear), WIDTHS, groups=mu_sgd)  # for a Linear, MuSGD takes m where 1/m belongs
+    assert [r.name for r in forgotten.rows if "update" in r.wrong] == ["4.weight"], str(forgotten)
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_model.py").write_text(
+        "import mup2_ref, torch\n"
+        "def factory(n):\n"
+        "    return mup2_ref.MLP(6, n, 3)\n"
+        "def with_loss(n):\n"
+        "    x = torch.randn(8, 6)\n"
+        "    return mup2_ref.MLP(6, n, 3), lambda model: model(x).square().mean()\n"
+        "def groups(model):\n"
+        "    return [dict(params=list(model.parameters()), lr=0.1, rho=0.1)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--widths", "16,32,64", "--seeds", "2"]
+    assert checker.main(["my_model:factory", *options, "--picture", "check.png"]) == 0
+    printed = capsys.readouterr().out
+    assert "layers.1.weight" in printed and "Passed: 3 parameters" in printed
+    assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
+    assert checker.main(["my_model:with_loss", *options]) == 0
+    assert checker.main(["my_model:factory", *options, "--groups", "my_model:groups"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert checker.main(["my_model:factory", "--widths", "16"]) == 2
+    assert "at least two widths" in capsys.readouterr().err
+    assert checker.main(["my_model:factory", *options, "--lr", "1e9"]) == 2
+    assert "lower lr or rho" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="module:name"):
+        checker.main(["my_model"])
+
+
+def test_inputs_that_cannot_be_guessed():
+    class Odd(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(1, 4, n))
+
+        def forward(self, x):
+            return (x + self.w).sum(1)[:, :5]
+
+    with pytest.raises(ValueError, match="pass --input, or let the factory return"):
+        check(Odd, [8, 16])
+
+
+def test_the_model_is_left_as_it_is_found():
+    """Buffers are not updated by the probes of single modules, and hooks are gone."""
+    model = networks.ResNet18(4, 10)
+    x = torch.randn(4, 3, 8, 8)
+
+    def loss(m):
+        return m(x).square().mean()
+
+    roles = dict.fromkeys(dict(model.named_parameters()), "hidden")
+    opt = mup2_ref.SAM(model.parameters(), lr=0.0)
+    checker.measure(model, loss, opt, roles, steps=0)
+    assert model.norm.num_batches_tracked == 5  # two passes, and the network's output at w, w + e and after the update
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
