@@ -27,12 +27,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -295,7 +295,7 @@ def check(
     if groups:
         defaults = mup2_fused.SAM(groups(_build(factory, widths[0])[0]), kind, variant=variant).param_groups
     lr, rho = (
-        float(np.median([g[key] for g in defaults])) if value is None else value
+        float(statistics.median(g[key] for g in defaults)) if value is None else value
         for key, value in (("lr", lr), ("rho", rho))
     )
     widest = _build(factory, widths[-1])[0]
@@ -329,38 +329,48 @@ def _build(factory: Callable[[int], Any], width: int) -> tuple[nn.Module, Loss |
     return made if isinstance(made, tuple) else (made, None)
 
 
+def _slopes(widths: list[int], y: Tensor) -> Tensor:
+    """(seeds, widths) -> least-squares slope of log y against log width, per seed."""
+    x = torch.tensor(widths, dtype=torch.float64).log()
+    x = x - x.mean()
+    return y.log() @ x / x.square().sum()
+
+
 def _row(name: str, widths: list[int], seeds: int, measured: dict, tensor: Any) -> Row:
     """Slopes of one parameter, in the own groups if there are any, then compared with those in muP² groups."""
     compared = any(own for own, *_ in measured)
-    slopes, values = {}, {}
+    slopes, values, advice = {}, {}, {}
     for quantity in QUANTITIES:
-        x = np.log(widths)
         y, y0 = (
-            np.array([[measured[own, s, w][name].get(quantity, 0.0) for w in widths] for s in range(seeds)])
+            torch.tensor(
+                [[measured[own, s, w][name].get(quantity, 0.0) for w in widths] for s in range(seeds)]
+            ).double()
             for own in (compared, False)
-        )  # (seed, width)
+        )  # (seeds, widths)
         share = [m[name].get("norm share", 1.0) for (own, *_), m in measured.items() if own == compared]
         if (y <= 0).any() or (quantity != "init" and max(share) < NEGLIGIBLE):
             slopes[quantity], values[quantity] = Slope(math.nan, math.nan, math.nan, math.nan), []
+            if quantity == "update" and (y == 0).all() and (y0 > 0).all():
+                advice[quantity] = "never updated: it is in no parameter group, or its learning rate is 0"
             continue
-        values[quantity] = np.exp(np.log(y).mean(0)).tolist()
-        each = np.polyfit(x, np.log(y).T, 1)[0]  # a slope per seed
+        values[quantity] = y.log().mean(0).exp().tolist()
+        each = _slopes(widths, y)
+        expected, tolerance = torch.zeros_like(each), TOLERANCE["alone"]
         if quantity == "init" and tensor is not None:
-            growth = math.log(mup2_ref._init_scale(tensor, "mup") * tensor.divisor) / (x[-1] - x[0])
-            expected, tolerance = growth + 0 * each, TOLERANCE["init"]
+            growth = mup2_ref._init_scale(tensor, "mup") * tensor.divisor
+            expected, tolerance = expected + math.log(growth) / math.log(widths[-1] / widths[0]), TOLERANCE["init"]
         elif compared and (y0 > 0).all():
-            expected, tolerance = np.polyfit(x, np.log(y0).T, 1)[0], TOLERANCE["compared"]
-        else:
-            expected, tolerance = 0 * each, TOLERANCE["alone"]
-        error = (each - expected).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
-        slopes[quantity] = Slope(float(each.mean()), float(error), float(expected.mean()), tolerance)
+            expected, tolerance = _slopes(widths, y0), TOLERANCE["compared"]
+        error = (each - expected).std().item() / seeds**0.5 if seeds > 1 else 0.0
+        slopes[quantity] = Slope(each.mean().item(), error, expected.mean().item(), tolerance)
     if tensor is None:  # the network's output: for information
         return Row(name, (), "", slopes, values, (), (), ())
     off = [q for q in ("init", "update", "perturbation") if slopes[q].off]
-    wrong = tuple(q for q in off if slopes[q].sure)
-    advice = tuple(_advice(q, slopes[q].excess, compared) for q in wrong)
-    unclear = tuple(q for q in off if q not in wrong)
-    return Row(name, tuple(tensor.param.shape), tensor.role, slopes, values, wrong, unclear, advice)
+    advice |= {q: _advice(q, slopes[q].excess, compared) for q in off if slopes[q].sure}
+    unclear = tuple(q for q in off if q not in advice)
+    return Row(
+        name, tuple(tensor.param.shape), tensor.role, slopes, values, tuple(advice), unclear, tuple(advice.values())
+    )
 
 
 # ------------------------------------------------------------------------------------------- what it means
@@ -376,13 +386,13 @@ def _advice(quantity: str, excess: float, compared: bool) -> str:
     way = "grows" if excess > 0 else "vanishes"
     remedy = _power(-excess)
     if quantity == "init":
-        return f"its initial weights are {_power(excess)} times what muP has: call mup2_ref.init_(model, base_model)"
+        return f"initial weights are {_power(excess)} times what muP has: call mup2_ref.init_(model, base_model)"
     if quantity == "update":
-        advice = f"its update {way} as {_power(excess)}: multiply its learning rate by {remedy} (n: width / base width)"
+        advice = f"update {way} as {_power(excess)}: multiply the learning rate by {remedy} (n: width / base width)"
     else:
         end = "it will blow up" if excess > 0 else "SAM does not reach this layer in a wide network"
-        advice = f"its perturbation {way} as {_power(excess)}, {end}: multiply its rho by {remedy}"
-    return advice if compared else advice + ", or is its role wrong? roles={name: role} settles it"
+        advice = f"perturbation {way} as {_power(excess)}, {end}: multiply rho by {remedy}"
+    return advice if compared else advice + ", or is the role wrong? roles={name: role} settles it"
 
 
 def _notes(rows: list[Row], own_groups: dict[int, list[dict[str, Any]]], widths: list[int]) -> list[str]:
@@ -412,7 +422,7 @@ def _notes(rows: list[Row], own_groups: dict[int, list[dict[str, Any]]], widths:
             "all layers have one radius: this is SAM without muP². Use the groups of mup2_ref.param_groups(model, "
             "base_model, lr=..., rho=...), with perturbation='effective'."
         )
-    common = float(np.median([r.slopes["perturbation"].excess for r in perturbed] or [0.0]))
+    common = statistics.median([r.slopes["perturbation"].excess for r in perturbed] or [0.0])
     together = [r for r in perturbed if abs(r.slopes["perturbation"].excess - common) < TOLERANCE["compared"]]
     if bad_e and abs(common) > TOLERANCE["compared"] and len(together) == len(perturbed):
         top = max(perturbed, key=lambda r: r.slopes["norm share"].excess)
@@ -473,10 +483,10 @@ def plot(report: Report, path: str | Path) -> None:
             wrong, label = quantity in r.wrong, r.role or "network output"
             if wrong:
                 label += ", wrong"
-            y = np.array(r.values[quantity])
+            y = r.values[quantity]
             axis.loglog(
                 report.widths,
-                y / y[0],
+                [v / y[0] for v in y],
                 "x--" if wrong else "o-",
                 color=colors[r.role],
                 alpha=0.9 if wrong else 0.5,

@@ -165,6 +165,13 @@ def upside_down(model):
     return [g | dict(rho=RHO**2 / g["rho"], gradnorm_scaling=1 / g["gradnorm_scaling"]) for g in correct()(model)]
 
 
+def readout_in_no_group(model):
+    groups = correct()(model)
+    for g in groups:
+        g["params"] = [p for p in g["params"] if p is not model.head.weight]
+    return groups
+
+
 ALL = tuple(dict(Net(8).named_parameters()))
 VECTORS = ("first.bias", "norm.weight", "norm.bias", "hidden.bias")
 INPUT = ("first.weight", *VECTORS)
@@ -180,7 +187,7 @@ MISTAKES = {
         correct(perturbation="naive"),
         {},
         {"perturbation": (*INPUT, "hidden.weight", "head.weight")},
-        r"SAM without muP².*first.weight.*its perturbation vanishes as .*, SAM does not reach this layer",
+        r"SAM without muP².*first.weight.*perturbation vanishes as .*, SAM does not reach this layer",
     ),
     "global radius": (
         correct(perturbation="global"),
@@ -204,19 +211,25 @@ MISTAKES = {
         correct(roles={"head.weight": "input"}),
         {},
         {"update": ("head.weight",), "perturbation": ("head.weight",)},
-        r"head.weight: its update grows as n\^\(?[234].*: multiply its learning rate by n\^",
+        r"head.weight: update grows as n\^\(?[234].*: multiply the learning rate by n\^",
     ),
     "Adam's learning rates for SGD": (
         correct(base_optimizer="adam"),
         {},
         {"update": (*INPUT, "hidden.weight")},
-        r"its update vanishes as n\^-1: multiply its learning rate by n\^1",
+        r"update vanishes as n\^-1: multiply the learning rate by n\^1",
     ),
     "SGD's learning rates for Adam": (
         correct(),
         dict(base_optimizer="adam"),
         {"update": (*INPUT, "hidden.weight")},
-        r"its update grows as n\^1: multiply its learning rate by n\^-1",
+        r"update grows as n\^1: multiply the learning rate by n\^-1",
+    ),
+    "readout in no group": (
+        readout_in_no_group,
+        {},
+        {"update": ("head.weight",)},
+        "head.weight: never updated: it is in no parameter group",
     ),
     "one learning rate": (
         one_learning_rate,
@@ -224,32 +237,32 @@ MISTAKES = {
         {"update": (*INPUT, "head.weight")},
         "all layers have one learning rate",
     ),
-    "one radius, muP²'s norm": (one_radius, {}, {"perturbation": INPUT}, "multiply its rho by n"),
+    "one radius, muP²'s norm": (one_radius, {}, {"perturbation": INPUT}, "multiply rho by n"),
     "gradnorm_scaling lost": (
         gradnorm_scaling_lost,
         {},
         {"perturbation": ALL},
         r"all perturbations change alike, as n\^\(-1/2\).*'head.weight'.*gradnorm_scaling must go with rho",
     ),
-    "factors swapped": (swapped, {}, {"perturbation": INPUT}, "multiply its rho"),
-    "factors upside down": (upside_down, {}, {"perturbation": (*INPUT, "head.weight")}, "multiply its rho"),
+    "factors swapped": (swapped, {}, {"perturbation": INPUT}, "multiply rho"),
+    "factors upside down": (upside_down, {}, {"perturbation": (*INPUT, "head.weight")}, "multiply rho"),
     "last bias like the others": (
         last_bias_like_the_others,
         {},
         {"update": ("head.bias",), "perturbation": ("head.bias",)},
-        r"head.bias: its perturbation grows as .*it will blow up",
+        r"head.bias: perturbation grows as .*it will blow up",
     ),
     "init_ forgotten": (
         init_forgotten,
         {},
         {"init": ("head.weight",)},
-        r"initial weights are not muP's: correct them first.*head.weight: its initial weights are n\^\(1/2\) times",
+        r"initial weights are not muP's: correct them first.*head.weight: initial weights are n\^\(1/2\) times",
     ),
     "constant initial weights": (
         constant_init,
         {},
         {"init": ("hidden.weight", "head.weight")},
-        r"hidden.weight: its initial weights are n\^\(1/2\).*head.weight: its initial weights are n\^1",
+        r"hidden.weight: initial weights are n\^\(1/2\).*head.weight: initial weights are n\^1",
     ),
     "elementwise ASAM with SAM's factors": (
         correct(change=lambda g: g.pop("variant", None)),
@@ -313,7 +326,7 @@ def test_a_wrong_role_is_found_without_own_groups():
     assert check(Raw, WIDTHS, roles={"readout": "output"}).passed
     report = check(Raw, WIDTHS, roles={"readout": "input"})
     assert not report.passed and report.rows[0].wrong[0] == "init" and "first.bias" in str(report).partition("* ")[2]
-    assert "is its role wrong?" in str(report)
+    assert "is the role wrong?" in str(report)
 
 
 # -------------------------------------------------------------------------------------- the mup package
