@@ -2,6 +2,7 @@
 
     python experiments/transfer.py                        the committed results: widths 128, 256, 512 on MNIST-1D
     python experiments/transfer.py --demo                 a reduced sweep, five minutes on two cores
+    python experiments/transfer.py --network resnet       ResNet-18 on scikit-learn's digits, ten minutes; or vit
     python experiments/transfer.py --data cifar10 --root DIR --device cuda --widths 256 1024 4096 --epochs 20
 
 A 3-layer ReLU MLP without biases is trained with SGD at batch size 64 and constant learning rate; what counts is the
@@ -9,12 +10,17 @@ best test accuracy of all epochs (as in the paper). Base width 1: widths enter a
 grid lr x rho at every width, then a slice over rho at each width's best lr with finer steps and more seeds, then the
 narrowest width's best (lr, rho) at the others. Every finished run is appended to OUT/NAME.jsonl: the same command goes
 on where it was interrupted, and only draws and prints where nothing is missing.
+
+ResNet-18 (SGD with momentum) and a small ViT (AdamW) follow a cosine schedule to their last epoch, whose accuracy
+counts, and have a base width and Algorithm 1's norm. A part of the digits' training labels is random, so that there
+is something to overfit; those of the test are right.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import signal
 import statistics
@@ -30,6 +36,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import data as datasets
 import mup2_ref
+import networks
 
 try:  # the same optimizer to the bit, in less time
     from mup2_fused import SAM
@@ -38,6 +45,8 @@ except ImportError:  # not built
 
 QUARTER_DECADES = [round(10 ** (k / 4), 4) for k in range(-12, 5)]  # 0.001 ... 10
 DEMO = dict(widths=[64, 256], methods=["SP-naive", "muP-global", "muP²"], lrs=[0.2, 0.4, 0.8], seeds=2, slice_seeds=0)
+BATCH = 64
+LABEL_NOISE = 0.4  # this part of the training labels is random in "noisy-" data
 COLLAPSE = 5.0  # points below SGD at the same lr: from there on a radius counts as unstable
 
 
@@ -54,7 +63,61 @@ METHODS = {
     "muP²": Method("mup", "effective", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
     "SP-LP": Method("sp", "effective", (0.01, 0.0316, 0.1, 0.1778, 0.3162)),
 }
-SGD = {"sp": "SP-SGD", "mup": "muP-SGD"}
+SGD = {"sp": "SP-SGD", "mup": "muP-SGD"}  # the base optimizer alone; for the ViT it is AdamW
+
+
+class Setting(NamedTuple):
+    """How a network is trained, and what the command's options are by default."""
+
+    base_width: int
+    base_optimizer: str
+    norm: str
+    cosine: bool  # to the last epoch, whose accuracy counts; otherwise constant, and the best one counts
+    options: dict
+
+
+SETTINGS = {
+    "mlp": Setting(
+        1,
+        "sgd",
+        "joint",
+        False,
+        dict(
+            data="mnist1d", widths=[128, 256, 512], methods=list(METHODS), lrs=[0.2, 0.4, 0.8], slice_seeds=6, epochs=60
+        ),
+    ),
+    "resnet": Setting(
+        8,
+        "sgd",
+        "decoupled",
+        True,
+        dict(
+            data="noisy-digits",
+            widths=[8, 32],
+            methods=["SP-naive", "muP²"],
+            lrs=[0.0125, 0.025, 0.05, 0.1, 0.2, 0.4],
+            rhos=[0.05, 0.1, 0.2],
+            slice_seeds=0,
+            epochs=6,
+        ),
+    ),
+    "vit": Setting(
+        16,
+        "adam",
+        "decoupled",
+        True,
+        dict(
+            data="noisy-digits",
+            widths=[16, 64],
+            methods=["SP-naive", "muP²"],
+            lrs=[0.001, 0.003, 0.01, 0.03, 0.1],
+            rhos=[0.01, 0.03, 0.1],
+            slice_seeds=0,
+            epochs=12,
+        ),
+    ),
+}
+HEADS = 4  # of the ViT, at every width
 
 
 class Run(NamedTuple):
@@ -67,6 +130,7 @@ class Run(NamedTuple):
     rho: float
     seed: int
     epochs: int
+    network: str = "mlp"
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -74,7 +138,23 @@ class Run(NamedTuple):
 
 @functools.cache
 def _data(name: str, root: str | None, device: str) -> tuple:
-    return tuple(tuple(t.to(device) for t in split) for split in datasets.load(name, root))
+    (x, y), test = datasets.load(name.removeprefix("noisy-"), root)
+    if name.startswith("noisy-"):
+        generator = torch.Generator().manual_seed(0)
+        noisy = torch.rand(len(y), generator=generator) < LABEL_NOISE
+        y = torch.where(noisy, torch.randint(int(y.max()) + 1, y.shape, generator=generator), y)
+    return tuple(tuple(t.to(device) for t in split) for split in ((x, y), test))
+
+
+def _network(name: str, width: int, x: torch.Tensor, d_out: int, parameterization: str) -> torch.nn.Module:
+    """For inputs like x. Attention is scaled by 1/d in muP, by 1/sqrt(d) in SP; at the base width they agree."""
+    if name == "mlp":
+        return mup2_ref.MLP(x[0].numel(), width, d_out)
+    channels, *image = x.shape[1:]
+    if name == "resnet":
+        return networks.ResNet18(width, d_out, channels)
+    head_dim = SETTINGS[name].base_width // HEADS if parameterization == "mup" else None
+    return networks.ViT(width, 2, HEADS, tuple(image), 2, d_out, channels, base_head_dim=head_dim)
 
 
 def train(run: Run, root: str | None, device: str) -> dict:
@@ -83,24 +163,32 @@ def train(run: Run, root: str | None, device: str) -> dict:
     sgd = {name: parameterization for parameterization, name in SGD.items()}
     parameterization = sgd.get(run.method) or METHODS[run.method].parameterization
     perturbation = "naive" if run.method in sgd else METHODS[run.method].perturbation
-    d_in, d_out = x[0].numel(), int(y.max()) + 1
+    setting = SETTINGS[run.network]
+    d_out = int(y.max()) + 1
     torch.manual_seed(run.seed)
-    model, base = mup2_ref.MLP(d_in, run.width, d_out), mup2_ref.MLP(d_in, 1, d_out)
-    mup2_ref.init_(model, base, parameterization=parameterization).to(device)
+    model, base = (_network(run.network, w, x, d_out, parameterization) for w in (run.width, setting.base_width))
+    gain = 1.0 if run.network == "vit" else 2**0.5
+    mup2_ref.init_(model, base, parameterization=parameterization, gain=gain).to(device)
     groups = mup2_ref.param_groups(
         model,
         base,
         lr=run.lr,
         rho=run.rho,
+        base_optimizer=setting.base_optimizer,
         parameterization=parameterization,
         perturbation=perturbation,
-        norm="joint",
+        norm=setting.norm,
     )
-    optimizer = torch.optim.SGD(groups) if run.rho == 0 else SAM(groups)
+    kind = torch.optim.AdamW if setting.base_optimizer == "adam" else torch.optim.SGD
+    options = dict(momentum=0.9) if run.network == "resnet" else {}
+    optimizer = kind(groups, **options) if run.rho == 0 else SAM(groups, kind, **options)
+    steps = run.epochs * math.ceil(len(x) / BATCH)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if setting.cosine else None
     start = time.perf_counter()
     accuracies, shuffle = [], torch.Generator().manual_seed(run.seed)
     for _ in range(run.epochs):
-        if not mup2_ref.train_epoch(model, optimizer, datasets.batches((x, y), 64, shuffle)).isfinite():
+        batches = datasets.batches((x, y), BATCH, shuffle)
+        if not mup2_ref.train_epoch(model, optimizer, batches, scheduler=scheduler).isfinite():
             break
         _, correct, samples = mup2_ref.evaluate(model, [test]).tolist()
         accuracies.append(100 * correct / samples)
@@ -121,7 +209,7 @@ def read_runs(path: Path) -> dict[Run, dict]:
     if whole != content:
         path.write_bytes(whole)
     rows = [json.loads(line) for line in whole.decode().splitlines()]
-    return {Run(*(row[field] for field in Run._fields)): row for row in rows}
+    return {Run(**{field: row[field] for field in Run._fields if field in row}): row for row in rows}
 
 
 def sweep(runs: list[Run], path: Path, args: argparse.Namespace, title: str) -> dict[Run, dict]:
@@ -159,14 +247,15 @@ def sweep(runs: list[Run], path: Path, args: argparse.Namespace, title: str) -> 
 
 def _cost(run: Run) -> int:
     """Expected time of one epoch, in arbitrary units: overhead plus matrix products; SGD needs one pass, not two."""
-    return round(100 * (1 + (run.width / 250) ** 2) * (0.4 if run.rho == 0 else 1))
+    scale = {"mlp": 250, "resnet": 10, "vit": 30}[run.network]
+    return round(100 * (1 + (run.width / scale) ** 2) * (0.4 if run.rho == 0 else 1))
 
 
 # -------------------------------------------------------------------------------------------------- results
 
 
 class Results:
-    """Best-epoch accuracies of the finished runs, and what follows from them.
+    """Accuracies of the finished runs (of the best epoch, with a schedule of the last), and what follows from them.
 
     The best lr of a width is the grid's, by the mean over args.seeds; the best rho is the slice's at that lr, by the
     mean over the slice's seeds. If the narrowest width's best (lr, rho) turns out better, that is the optimum.
@@ -176,8 +265,9 @@ class Results:
         self.args = args
         self.accuracy: dict[tuple, dict[int, float]] = {}  # (method, width, lr, rho) -> seed -> best accuracy
         for run, row in runs.items():
-            if (run.data, run.epochs) == (args.data, args.epochs):
-                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), {})[run.seed] = row["best"]
+            if (run.data, run.epochs, run.network) == (args.data, args.epochs, args.network):
+                score = row["last"] or 0.0 if SETTINGS[args.network].cosine else row["best"]
+                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), {})[run.seed] = score
 
     def values(self, method: str, width: int, lr: float, rho: float) -> list[float]:
         """Over the seeds of the slice (of the grid, if there is none); rho 0 is SGD."""
@@ -210,8 +300,8 @@ class Results:
         return self.best_lr(method, width), max(points, key=lambda rho: statistics.fmean(points[rho]))
 
     def optimum(self, method: str, width: int) -> tuple[float, float]:
-        """The better one, by the mean over all seeds, of this width's best (lr, rho) and the narrowest width's."""
-        candidates = self.best(method, width), self.best(method, min(self.args.widths))
+        """The better one, by the mean over all seeds, of the narrowest width's best (lr, rho) and this width's."""
+        candidates = self.best(method, min(self.args.widths)), self.best(method, width)
         return max(candidates, key=lambda point: self.mean(method, width, *point))
 
     def largest_stable_rho(self, method: str, width: int) -> float:
@@ -259,10 +349,14 @@ def slice_rhos(method: str, args: argparse.Namespace) -> list[float]:
     return sorted({*rhos, *between})
 
 
-def format_table(rows: list[dict]) -> str:
-    """Markdown; regret: what is lost at this width by using the narrowest width's best (lr, rho)."""
+def base_name(network: str) -> str:
+    return "AdamW" if SETTINGS[network].base_optimizer == "adam" else "SGD"
+
+
+def format_table(rows: list[dict], base: str = "SGD") -> str:
+    """Markdown; base: the optimizer without SAM; regret: what is lost at this width by using the narrowest width's best (lr, rho)."""
     lines = [
-        "| | width | best lr | best rho | accuracy % (± std over seeds) | SGD | gain | regret | largest stable rho |",
+        f"| | width | best lr | best rho | accuracy % (± std over seeds) | {base} | gain | regret | largest stable rho |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -275,7 +369,7 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def what_to_look_at(rows: list[dict]) -> str:
+def what_to_look_at(rows: list[dict], base: str) -> str:
     """One sentence on the widest network, made of the measured numbers."""
     first, last = (
         {r["method"]: r for r in rows if r["width"] == width}
@@ -287,11 +381,12 @@ def what_to_look_at(rows: list[dict]) -> str:
     return (
         f"Look at {method}: its best (lr, rho) is ({there['lr']:g}, {there['rho']:.3g}) at width {there['width']} and "
         f"({here['lr']:g}, {here['rho']:.3g}) at width {here['width']}, where the former costs {here['regret']:.1f} "
-        f"points; SAM gains {here['gain']:+.1f} points over SGD there" + (f" ({others})." if others else ".")
+        f"points; SAM gains {here['gain']:+.1f} points over {base} there" + (f" ({others})." if others else ".")
     )
 
 
 def plot(results: Results, path: Path, title: str) -> None:
+    """Top: lr x rho. Bottom: the MLP's rho at each width's best lr; of the others, lr at the narrowest's best rho."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -299,6 +394,7 @@ def plot(results: Results, path: Path, title: str) -> None:
     from matplotlib.ticker import NullFormatter, NullLocator
 
     args, methods, low, high = results.args, results.args.methods, 100.0, 0.0
+    over_lr = args.network != "mlp"
     colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(args.widths)))
     figure, axes = plt.subplots(2, len(methods), figsize=(3.1 * len(methods), 6), squeeze=False, layout="constrained")
     for column, method in enumerate(methods):
@@ -313,6 +409,9 @@ def plot(results: Results, path: Path, title: str) -> None:
             lr, rho = results.optimum(method, width)
             top.plot(rho, lr, "*", color=color, markersize=max(24 - 7 * i, 6), markeredgewidth=0)  # they may coincide
             points = results.slice(method, width)
+            if over_lr:
+                rho = results.best(method, min(args.widths))[1]
+                points = {lr: results.values(method, width, lr, rho) for lr in args.lrs}
             mean = np.array([statistics.fmean(v) for v in points.values()])
             std = np.array([statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()])
             bottom.plot(list(points), mean, "-o", color=color, markersize=3, label=f"width {width}")
@@ -323,14 +422,22 @@ def plot(results: Results, path: Path, title: str) -> None:
         top.set(title=method, xscale="log", yscale="log", ylim=(min(args.lrs) / 1.15, max(args.lrs) * 1.15))
         top.set_yticks(args.lrs, [f"{lr:g}" for lr in args.lrs])
         top.yaxis.set_minor_locator(NullLocator())
-        bottom.set(xscale="log", xlabel="rho")
-        bottom.sharex(top)
         top.set_xlim(min(rhos) / 1.2, max(rhos) * 1.2)
         top.xaxis.set_minor_formatter(NullFormatter())
+        if over_lr:
+            top.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+            top.set_xlabel("rho")
+            bottom.set(xscale="log", xlabel="learning rate")
+            bottom.set_xticks(args.lrs, [f"{lr:g}" for lr in args.lrs], fontsize=8)
+            bottom.xaxis.set_minor_locator(NullLocator())
+        else:
+            bottom.set(xscale="log", xlabel="rho")
+            bottom.sharex(top)
     for axis in axes[1]:
-        axis.set_ylim(low - 5, high + 2)  # collapsed radii fall out of the picture
+        axis.set_ylim(low - (15 if over_lr else 5), high + 2)  # collapsed radii fall out of the picture
     axes[0][0].set_ylabel("learning rate\n★ best, lines: 1.5, 3 points less")
-    axes[1][0].set_ylabel("test accuracy %, at the best lr\nband: std of seeds, dashed: SGD")
+    where = f"at width {min(args.widths)}'s best rho" if over_lr else "at the best lr"
+    axes[1][0].set_ylabel(f"test accuracy %, {where}\nband: std of seeds, dashed: {base_name(args.network)}")
     axes[1][-1].legend(loc="lower left", fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
@@ -341,25 +448,32 @@ def plot(results: Results, path: Path, title: str) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=["mnist1d", "cifar10"], default="mnist1d")
+    parser.add_argument("--network", choices=SETTINGS, default="mlp", help="sets the defaults of the options below")
+    parser.add_argument("--data", choices=["mnist1d", "noisy-digits", "cifar10"])
     parser.add_argument("--root", help="folder of the CIFAR-10 archive")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--widths", nargs="+", type=int, default=[128, 256, 512])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[0.2, 0.4, 0.8])
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--widths", nargs="+", type=int)
+    parser.add_argument("--lrs", nargs="+", type=float)
     parser.add_argument("--rhos", nargs="+", type=float, help="one grid for all methods instead of each one's own")
     parser.add_argument("--seeds", type=int, default=2, help="of the grid")
-    parser.add_argument("--slice-seeds", type=int, default=6, help="of the slice at the best lr; 0: no slice")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--slice-seeds", type=int, help="of the slice at the best lr; 0: no slice")
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--name", help="of the result files; default transfer_DATA")
+    parser.add_argument("--name", help="of the result files; default transfer_DATA, and the network's name")
     parser.add_argument("--demo", action="store_true", help="a reduced sweep: sets widths, methods, lrs and seeds")
     args = parser.parse_args(argv)
+    for key, value in SETTINGS[args.network].options.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.network != "mlp" and args.data == "mnist1d":
+        parser.error("MNIST-1D is for the MLP: the other networks take images")
     args.widths = sorted(set(args.widths))
     if args.demo:
         vars(args).update(DEMO)
-    args.name = args.name or ("demo" if args.demo else f"transfer_{args.data}")
+    prefix = "transfer" if args.network == "mlp" else f"transfer_{args.network}"
+    args.name = args.name or ("demo" if args.demo else f"{prefix}_{args.data}")
     return args
 
 
@@ -374,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     def run(method: str, width: int, lr: float, rho: float, seed: int) -> Run:
-        return Run(args.data, method, width, lr, rho, seed, args.epochs)
+        return Run(args.data, method, width, lr, rho, seed, args.epochs, args.network)
 
     def all_seeds(points: list[tuple]) -> list[Run]:
         return [run(*point, seed) for seed in range(max(args.seeds, args.slice_seeds)) for point in points]
@@ -397,10 +511,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "root", "jobs", "device")}
     summary = {"args": settings, "rows": rows}
     (args.out / f"{args.name}.json").write_text(json.dumps(summary, indent=1, default=float) + "\n")
-    print(format_table(rows))
+    print(format_table(rows, base_name(args.network)))
     figure = args.out / f"{args.name}.png"
-    plot(results, figure, f"3-layer MLP on {args.data}, {args.epochs} epochs")
-    print(f"\n{what_to_look_at(rows)}\nfigure: {figure}")
+    network = {"mlp": "3-layer MLP", "resnet": "ResNet-18", "vit": "ViT with two layers"}[args.network]
+    plot(results, figure, f"{network} on {args.data}, {args.epochs} epochs")
+    print(f"\n{what_to_look_at(rows, base_name(args.network))}\nfigure: {figure}")
     return 0
 
 

@@ -213,6 +213,29 @@ def test_sweep_trains_what_it_says(tmp_path):
         assert row["best"] == row["last"] == pytest.approx(accuracy, abs=0.3)  # rounding may flip a sample or two
 
 
+@pytest.mark.parametrize("network, widths", [("resnet", ["8", "16"]), ("vit", ["16", "32"])])
+def test_sweep_of_networks(tmp_path, capsys, network, widths):
+    command = ["--network", network, "--widths", *widths, "--lrs", "0.02", "--rhos", "0.1", "--epochs", "1"]
+    assert transfer.main([*command, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert f"| muP² | {widths[1]} |" in capsys.readouterr().out
+    path = tmp_path / f"transfer_{network}_noisy-digits.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["network"] for row in rows} == {network}
+    last = {(row["method"], row["width"]): row["last"] for row in rows}
+    narrow, wide = map(int, widths)
+    assert last["muP²", narrow] == last["SP-naive", narrow], "at the base width both are plain SAM"
+    assert last["muP²", wide] != last["SP-naive", wide] and last["muP²", wide] != last["muP-SGD", wide]
+    assert json.loads((tmp_path / f"transfer_{network}_noisy-digits.json").read_text())["args"]["network"] == network
+
+
+def test_label_noise_spares_the_test_set():
+    (x, y), test = data.load("digits")
+    (x_noisy, y_noisy), test_noisy = transfer._data("noisy-digits", None, "cpu")
+    assert torch.equal(x, x_noisy) and all(map(torch.equal, test, test_noisy))
+    assert (y != y_noisy).float().mean().item() == pytest.approx(0.4 * 0.9, abs=0.04)
+    assert all(map(torch.equal, (x_noisy, y_noisy), transfer._data.__wrapped__("noisy-digits", None, "cpu")[0]))
+
+
 def test_sweep_on_cifar10(tmp_path, capsys):
     archive(tmp_path, "python", python_files())
     command = ["--data", "cifar10", "--out", str(tmp_path), "--epochs", "1", "--methods", "muP²", *SMALL]

@@ -49,9 +49,14 @@ def test_commands_exist(word):
     assert word in README and f"\n{word.split()[1]}:" in (ROOT / "Makefile").read_text()
 
 
-def test_table_is_the_committed_one():
-    rows = json.loads((RESULTS / "transfer_mnist1d.json").read_text())["rows"]
-    assert transfer.format_table(rows) in README
+TRANSFER = sorted(path.stem for path in RESULTS.glob("transfer_*.json"))
+
+
+@pytest.mark.parametrize("name", TRANSFER)
+def test_tables_are_the_committed_ones(name):
+    summary = json.loads((RESULTS / f"{name}.json").read_text())
+    assert transfer.format_table(summary["rows"], transfer.base_name(summary["args"]["network"])) in README
+    assert f"experiments/results/{name}.png" in README
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
@@ -75,10 +80,11 @@ def test_exponents_are_the_committed_ones():
     assert result["worst"] <= 0.1
 
 
-def test_committed_table_follows_from_the_committed_runs(tmp_path):
+@pytest.mark.parametrize("name", TRANSFER)
+def test_committed_tables_follow_from_the_committed_runs(name):
     """Nobody edits the summary by hand."""
-    summary = json.loads((RESULTS / "transfer_mnist1d.json").read_text())
+    summary = json.loads((RESULTS / f"{name}.json").read_text())
     args = transfer.parse_args([])
-    vars(args).update({k: v for k, v in summary["args"].items() if k not in ("out",)})
-    rows = transfer.Results(transfer.read_runs(RESULTS / "transfer_mnist1d.jsonl"), args).table()
+    vars(args).update(summary["args"])
+    rows = transfer.Results(transfer.read_runs(RESULTS / f"{name}.jsonl"), args).table()
     assert json.loads(json.dumps(rows)) == summary["rows"]

@@ -1,0 +1,173 @@
+"""param_groups and init_ on models that other people wrote, unchanged: torchvision's and Hugging Face's."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import data
+
+torchvision = data.import_torchvision()  # before transformers, which imports it
+import transformers as hf
+
+from mup2_fused.check import check
+from mup2_ref import init_, param_groups
+
+BASE, M = 16, 4
+tv = torchvision.models
+
+
+def image(batch=4):
+    return torch.randn(batch, 3, 32, 32)
+
+
+def tokens(batch=4):
+    return torch.randint(50, (batch, 8))
+
+
+def config(kind, n, **kwargs):
+    return kind(hidden_size=n, num_hidden_layers=2, num_attention_heads=2, intermediate_size=4 * n, **kwargs)
+
+
+def gpt2(n):
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=50, n_embd=n, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=False)
+    )
+
+
+class Model(NamedTuple):
+    build: callable  # of the width
+    inputs: callable
+    output: set  # parameters with this role
+    hidden: set  # some that have this one
+    input: set
+    roles: dict | None = None
+
+
+MODELS = {
+    "torchvision wide resnet": Model(  # whose blocks are wide inside: their last layers are outputs, the head is not
+        lambda n: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], 10, width_per_group=n),
+        image,
+        {f"layer{i}.0.conv3.weight" for i in range(1, 5)},
+        {f"layer{i}.0.conv2.weight" for i in range(1, 5)},
+        {"layer1.0.conv1.weight", "layer1.0.bn1.weight"},
+    ),
+    "torchvision vit": Model(
+        lambda n: tv.VisionTransformer(32, 8, 2, 2, n, 4 * n, num_classes=10),
+        image,
+        {"heads.head.weight"},
+        {"encoder.layers.encoder_layer_0.self_attention.in_proj_weight"},
+        {"conv_proj.weight", "class_token", "encoder.pos_embedding"},
+    ),
+    "torchvision convnext": Model(
+        lambda n: tv.ConvNeXt([tv.convnext.CNBlockConfig(n, 2 * n, 1), tv.convnext.CNBlockConfig(2 * n, None, 1)]),
+        image,
+        {"classifier.2.weight"},
+        {"features.1.0.block.3.weight", "features.2.1.weight"},
+        {"features.0.0.weight", "features.1.0.block.0.weight", "features.1.0.layer_scale"},
+    ),
+    "torchvision swin": Model(
+        lambda n: tv.SwinTransformer([4, 4], n, [1, 1], [2, 4], [4, 4], num_classes=10),
+        image,
+        {"head.weight"},
+        {"features.1.0.attn.qkv.weight", "features.2.reduction.weight"},
+        {"features.0.0.weight"},
+    ),
+    "hf vit": Model(
+        lambda n: hf.ViTForImageClassification(config(hf.ViTConfig, n, image_size=32, patch_size=8, num_labels=10)),
+        image,
+        {"classifier.weight"},
+        set(),
+        {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"},
+    ),
+    "hf resnet": Model(
+        lambda n: hf.ResNetForImageClassification(
+            hf.ResNetConfig(embedding_size=n, hidden_sizes=[n, 2 * n], depths=[1, 1], layer_type="basic", num_labels=10)
+        ),
+        image,
+        {"classifier.1.weight"},
+        {"resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"},
+        {"resnet.embedder.embedder.convolution.weight"},
+    ),
+    "hf bert": Model(
+        lambda n: hf.BertForSequenceClassification(config(hf.BertConfig, n, vocab_size=50, num_labels=10)),
+        tokens,
+        {"classifier.weight"},
+        {"bert.pooler.dense.weight"},
+        {"bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"},
+    ),
+    "hf llama": Model(
+        lambda n: hf.LlamaForCausalLM(config(hf.LlamaConfig, n, vocab_size=50, num_key_value_heads=1)),
+        tokens,
+        {"lm_head.weight"},
+        {"model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.gate_proj.weight"},
+        {"model.embed_tokens.weight", "model.norm.weight"},
+    ),
+    "hf gpt2": Model(  # its Conv1D is a class of its own, which only says what its matrix is if asked
+        gpt2,
+        tokens,
+        {"lm_head.weight"},
+        {"transformer.h.0.attn.c_attn.weight"},
+        {"transformer.wte.weight", "transformer.wpe.weight"},
+        roles={n: "hidden" for n, p in gpt2(4).named_parameters() if ".h." in n and p.ndim == 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_peoples_models(name, SAM):
+    m = MODELS[name]
+    model, base = m.build(M * BASE), m.build(BASE)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert init_(model, base, roles=m.roles) is model
+    groups = param_groups(model, base, lr=0.05, rho=0.02, roles=m.roles)
+    by_name = {n: g for g in groups for n in g["names"]}
+    role = {n: g["role"] for n, g in by_name.items()}
+    assert role.keys() == before.keys()
+    assert {n for n, r in role.items() if r == "output"} == m.output
+    assert {role[n] for n in m.hidden} <= {"hidden"} and {role[n] for n in m.input} == {"input"}
+    assert all(by_name[n]["rho"] == pytest.approx(0.02 / M) for n in m.output)
+    assert all(by_name[n]["gradnorm_scaling"] == pytest.approx(M**0.5) for n in m.input)
+    fan_in = {n: before[n].shape[1] for n in m.output}
+    for n, p in model.named_parameters():
+        if n in m.output:
+            assert p.std().item() == pytest.approx((2 * M / fan_in[n]) ** 0.5 / M, rel=0.2)
+        if isinstance(model.get_submodule(n.rpartition(".")[0]), (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)):
+            assert torch.equal(p, before[n])
+
+    opt = SAM(groups, momentum=0.9)
+    x = m.inputs()
+    losses = []
+
+    def closure():
+        opt.zero_grad()
+        torch.manual_seed(0)  # the same dropout
+        f = model(x)
+        f = getattr(f, "logits", f)
+        loss = nn.functional.cross_entropy(f.flatten(0, -2), torch.arange(f[..., 0].numel()) % 10)
+        loss.backward()
+        losses.append(loss.item())
+        return loss.detach()
+
+    for _ in range(6):
+        opt.step(closure)
+    assert losses[1] > losses[0], "the perturbation climbs"
+    assert losses[-2] < losses[0], "and the steps descend"
+
+
+def test_gpt2_needs_a_word():
+    with pytest.raises(ValueError, match=r"role of 'transformer.h.0.attn.c_attn.weight' .* in Conv1D.*Pass roles="):
+        param_groups(gpt2(32), gpt2(16), lr=0.1, rho=0.1)
+
+
+@pytest.mark.parametrize("name", ["hf vit", "hf llama"])
+def test_the_perturbation_check_passes(name):
+    m = MODELS[name]
+    shape = dict(input_shape=(3, 32, 32)) if m.inputs is image else {}
+    report = check(m.build, [16, 32, 64, 128], base_optimizer="adam", seeds=2, steps=3, batch=8, **shape)
+    assert report.passed, str(report)
