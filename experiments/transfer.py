@@ -354,9 +354,10 @@ def base_name(network: str) -> str:
 
 
 def format_table(rows: list[dict], base: str = "SGD") -> str:
-    """Markdown; base: the optimizer without SAM; regret: what is lost at this width by using the narrowest width's best (lr, rho)."""
+    """Markdown; base: the optimizer without SAM; regret: what the narrowest width's best (lr, rho) loses at this one."""
+    head = f"best lr | best rho | accuracy % (± std over seeds) | {base} | gain | regret | largest stable rho"
     lines = [
-        f"| | width | best lr | best rho | accuracy % (± std over seeds) | {base} | gain | regret | largest stable rho |",
+        f"| | width | {head} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

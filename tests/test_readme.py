@@ -40,7 +40,7 @@ def test_links_point_at_what_they_name():
     links = re.findall(r'\(mup2_ref\.py#L(\d+) "(\w+)"\)', README)
     assert len(links) >= 10
     assert [(int(line), name) for line, name in links] == [(first[name], name) for _, name in links]
-    for path in re.findall(r"\]\(([\w/.]+)(?:#L\d+)?[^)]*\)", README):
+    for path in re.findall(r"\]\(([\w/.-]+)(?:#L\d+)?[^)]*\)", README):
         assert (ROOT / path).exists(), path
 
 
