@@ -354,7 +354,7 @@ def base_name(network: str) -> str:
 
 
 def format_table(rows: list[dict], base: str = "SGD") -> str:
-    """Markdown; base: the optimizer without SAM; regret: what the narrowest width's best (lr, rho) loses at this one."""
+    """Markdown. base: the optimizer without SAM; regret: what the narrowest width's best (lr, rho) loses here."""
     head = f"best lr | best rho | accuracy % (± std over seeds) | {base} | gain | regret | largest stable rho"
     lines = [
         f"| | width | {head} |",
