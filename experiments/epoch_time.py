@@ -77,7 +77,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     """Markdown; seconds of one epoch."""
 
     def cell(seconds: float | None) -> str:
-        return "out of memory" if seconds is None else f"{seconds:.4g}"
+        return "out of memory" if seconds is None else f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
     lines = ["| model | width multiplier | parameters | batch | base optimizer | SAM | SAM / base |"]
     lines.append("|---|---|---|---|---|---|---|")

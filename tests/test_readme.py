@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import epoch_time
 import step_time
 import transfer
 
@@ -31,6 +32,26 @@ def test_usage_runs():
     exec(fused, names)
     assert isinstance(names["opt"], mup2_fused.SAM)
     names["opt"].step(names["closure"])
+
+
+def test_recipe_for_mup_runs():
+    import mup
+
+    import mup2_ref
+
+    class MuModel(mup2_ref.MLP):
+        def __init__(self, width):
+            super().__init__(5, width, 3)
+            self.layers[-1] = mup.MuReadout(width, 3)
+
+    (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import mup\n" in code)
+    names = {"MuModel": MuModel, "mup2": mup2_ref, "torch": torch}
+    exec(recipe, names)
+    model, opt = names["model"], names["opt"]
+    model(torch.randn(4, 5)).square().sum().backward()
+    opt.first_step()
+    opt.second_step()
+    assert {g["lr"] for g in opt.param_groups if g["params"]} == {0.1, 0.8}
 
 
 def test_links_point_at_what_they_name():
@@ -62,6 +83,11 @@ def test_tables_are_the_committed_ones(name):
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_step_times_are_the_committed_ones(path):
     assert step_time.markdown_table(json.loads(path.read_text())) in README
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("epoch_time_*.json")), ids=lambda p: p.stem)
+def test_epoch_times_are_the_committed_ones(path):
+    assert epoch_time.format_table(json.loads(path.read_text())["rows"]) in README
 
 
 def test_numbers_of_tensors_per_launch():

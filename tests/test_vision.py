@@ -826,9 +826,9 @@ def test_epoch_time_extrapolates_the_median(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "results").iterdir())  # only when asked
     printed = capsys.readouterr().out
     steps, imagenet_steps = 391, 1252  # of 50,000 by 128, of 1,281,167 by 1024
-    assert f"| resnet18-cifar10 | 1 | 10 M | 128 | {0.2 * steps:.4g} | {0.4 * steps:.4g} | 2.00 |" in printed
+    assert f"| resnet18-cifar10 | 1 | 10 M | 128 | {0.2 * steps:.3g} | {0.4 * steps:.0f} | 2.00 |" in printed
     assert (
-        f"| vit-s16-imagenet | 1 | 10 M | 1024 | {0.2 * imagenet_steps:.4g} | {0.4 * imagenet_steps:.4g} |" in printed
+        f"| vit-s16-imagenet | 1 | 10 M | 1024 | {0.2 * imagenet_steps:.0f} | {0.4 * imagenet_steps:.0f} |" in printed
     )
     assert "| resnet18-cifar10 | 4 | - | 128 | out of memory | out of memory | - |" in printed
     assert seen[:2] == [("resnet18-cifar10", 1.0, 128, v, 3) for v in ("none", "sam")]
