@@ -207,7 +207,7 @@ def _describe(
     if module0 is None and p.ndim > 1 and getattr(module, "transposed", False) and module.groups > 1:
         fans = None  # as its groups at the base width are not known
     elif module0 is None and fans is None and p.ndim == 2:
-        word = word or ("input", "hidden")[len(width_dims) - 1]
+        word = word or ("input", "hidden")[sum(dim.isinf() for dim in p.infshape) - 1]
     if word not in (None, *ROLES, "finite") or (fans is None and word is None) or (word == "hidden" and p.ndim < 2):
         raise ValueError(
             f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(shape0)}, in "
@@ -222,8 +222,16 @@ def _describe(
         fan_out, fan_in = {"input": (grown, 1.0), "output": (1.0, grown), "finite": (1.0, 1.0)}[word]
     role = word or ("finite", "output", "input", "hidden")[2 * (fan_out != 1) + (fan_in != 1)]
     drawn = p.ndim > 1 and isinstance(module, _MATRIX_MODULES)
-    divides = role == "output" and any(c.__name__ == "MuReadout" for c in type(module).__mro__)
-    divisor = module.width_mult() if divides else 1.0
+    divisor = 1.0
+    if role == "output" and any(c.__name__ == "MuReadout" for c in type(module).__mro__):
+        divisor = module.width_mult()
+        if module0 is not None and hasattr(module0.weight, "infshape"):
+            divisor /= module0.width_mult()
+        if divisor != fan_in:
+            raise ValueError(
+                f"'{name}' divides its input by {module.width_mult():g} (mup.set_base_shapes), but grows by {fan_in:g} "
+                "from base_model: call set_base_shapes on both with the same base, or leave base_model out"
+            )
     return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn else None, divisor)
 
 
@@ -267,7 +275,8 @@ def _tensors(model: nn.Module, base_model: nn.Module | None, roles: dict[str, st
         if not _agree(found.setdefault(first, tensor), tensor):
             raise ValueError(
                 f"'{first}' ({found[first].role}) and '{name}' ({tensor.role}) are one tied tensor in two roles. Say "
-                f"which one counts: roles={{'{first}': '{found[first].role}'}}."
+                f"which one counts: roles={{'{first}': '{found[first].role}'}}; with 'input' the logits must be "
+                "divided by the growth of the width (as mup.MuSharedReadout does), or they blow up."
             )
     if missing := base_shapes.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
         raise ValueError(f"base_model has parameters that the model lacks: {sorted(missing)}")
@@ -384,8 +393,8 @@ def param_groups(
     multipliers = {ratio for t in tensors.values() for ratio in (t.fan_out, t.fan_in)} - {1.0}
     width = None if len(multipliers) > 1 else max(multipliers, default=1.0)
     if perturbation == "global" and variant == "sam" and any(t.divisor != 1 for t in tensors.values()):
-        if not active >= set(ROLES):
-            raise ValueError("perturbation='global' with MuReadout is known for all of input, hidden and output only")
+        if parameterization != "mup" or not active >= set(ROLES):
+            raise ValueError("with MuReadout, perturbation='global' is known for 'mup' and all of ROLES perturbed only")
         e = exponents(parameterization, "naive")  # the division takes 1/n off the readout's gradient: hidden dominates
 
     groups: dict[tuple, dict[str, Any]] = {}
@@ -545,7 +554,10 @@ class SAM(torch.optim.Optimizer):
         given = {p: g["lr"] for g in self.param_groups if "role" in g and "lr" in g for p in g["params"]}
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self._check_base(type(self.base_optimizer))
-        if any(given.get(p, g["lr"]) != g["lr"] for g in self.base_optimizer.param_groups for p in g["params"]):
+        groups = self.base_optimizer.param_groups
+        if any("rho" not in g or "perturb" not in g for g in groups):
+            raise ValueError(f"{base_optimizer} must make its optimizer from the groups that it is given")
+        if any(given[p] != g["lr"] for g in groups for p in g["params"] if p in given):
             raise ValueError(
                 f"{base_optimizer} scales learning rates, and those of these groups are scaled already: make them with "
                 "param_groups(lr=None) and give lr to SAM"
@@ -764,6 +776,8 @@ def train_epoch(
         scaler.update()
         if scheduler is not None:
             scheduler.step()
+    if not losses:
+        raise ValueError("no batches: is the data set smaller than a batch, or the iterator used up?")
     return torch.stack(losses).mean()
 
 

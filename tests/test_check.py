@@ -56,8 +56,8 @@ class GPT(nn.Module):
         return self.head(self.norms[2](x))
 
 
-def vit(n):
-    return networks.ViT(n, 2, 4, image=8, patch=2, classes=10, base_head_dim=WIDTHS[0] // 4)
+def vit(n, depth=2):
+    return networks.ViT(n, depth, 4, image=8, patch=2, classes=10, base_head_dim=WIDTHS[0] // 4)
 
 
 CORRECT = {
@@ -65,6 +65,7 @@ CORRECT = {
     "net": (Net, {}),
     "resnet": (lambda n: networks.ResNet18(n // 4, 10), dict(input_shape=(3, 8, 8), seeds=2)),
     "vit": (vit, dict(input_shape=(3, 8, 8), seeds=2)),
+    "deep vit": (functools.partial(vit, depth=6), dict(input_shape=(3, 8, 8), seeds=1, batch=8)),
     "gpt": (GPT, dict(seeds=2)),
 }
 
@@ -79,7 +80,8 @@ def test_correct_models_pass(network, base_optimizer):
     model = factory(WIDTHS[0])
     assert [r.name for r in report.rows] == [*dict(model.named_parameters()), checker.WHOLE]
     measurable = [r for r in report.rows if not math.isnan(r.slopes["perturbation"].value)]
-    assert len(measurable) >= len(report.rows) - 2, "all but the keys' biases"
+    keys = sum(name.endswith("key.bias") for name, _ in model.named_parameters())
+    assert len(measurable) == len(report.rows) - keys, "all but the keys' biases, which have no gradient"
     assert f"Passed: {len(report.rows) - 1} parameters" in str(report)
 
 
@@ -241,7 +243,7 @@ MISTAKES = {
     "gradnorm_scaling lost": (
         gradnorm_scaling_lost,
         {},
-        {"perturbation": ALL},
+        {"perturbation": ALL, "norm share": ("head.weight",)},
         r"all perturbations change alike, as n\^\(-1/2\).*'head.weight'.*gradnorm_scaling must go with rho",
     ),
     "factors swapped": (swapped, {}, {"perturbation": INPUT}, "multiply rho"),
@@ -290,7 +292,7 @@ def test_mistakes_are_found_and_named(mistake):
     _, _, expected, advice = MISTAKES[mistake]
     report = report_on(mistake)
     assert not report.passed
-    wrong = {q: {r.name for r in report.rows if q in r.wrong} for q in ("init", "update", "perturbation")}
+    wrong = {q: {r.name for r in report.rows if q in r.wrong} for q in checker.QUANTITIES}
     for quantity, names in expected.items():
         assert set(names) <= wrong[quantity], str(report)
     printed = str(report)
@@ -304,6 +306,138 @@ def test_mistakes_are_found_and_named(mistake):
 def test_right_learning_rates_are_not_blamed(mistake):
     assert not any("update" in r.wrong for r in report_on(mistake).rows), str(report_on(mistake))
     assert not any("init" in r.wrong for r in report_on(mistake).rows)
+
+
+@pytest.mark.parametrize("network", ["gpt", "vit", "resnet"])
+@pytest.mark.parametrize("scaling", ["lost", "r instead of its root"])
+def test_wrong_gradnorm_scaling_is_found_before_it_shows(network, scaling):
+    """In these networks the layer that will dominate the norm does not dominate it yet."""
+    factory, options = CORRECT[network]
+    widths = [8, 16, 32, 64] if network == "gpt" else WIDTHS[:3]
+
+    def groups(model):
+        init_(model, factory(widths[0]), gain=1.0)
+        made = param_groups(model, factory(widths[0]), lr=LR, rho=RHO)
+        return [g | dict(gradnorm_scaling=1.0 if scaling == "lost" else g["gradnorm_scaling"] ** 2) for g in made]
+
+    report = check(factory, widths, groups=groups, **options)
+    wrong = {r.name for r in report.rows if "norm share" in r.wrong}
+    assert not report.passed and ("head.weight" in wrong) == (scaling == "lost"), str(report)
+    assert "all perturbations vanish once it dominates: multiply gradnorm_scaling by n^(-1/2)" in str(report)
+
+
+@pytest.mark.parametrize("base", [16, 32, 128, 512])
+def test_right_groups_pass_whatever_their_base_and_values(base):
+    def groups(model):
+        init_(model, Net(base))
+        return param_groups(model, Net(base), lr=0.07, rho=0.11)
+
+    assert check(Net, WIDTHS, groups=groups, seeds=2).passed
+
+
+def test_joint_norm_passes():
+    """Of Definition 4: other parts of the norm fall, and the same perturbations remain."""
+
+    def groups(model):
+        init_(model, mup2_ref.MLP(20, 1, 10))
+        return param_groups(model, mup2_ref.MLP(20, 1, 10), lr=0.05, rho=0.05, norm="joint")
+
+    report = check(lambda n: mup2_ref.MLP(20, n, 10), [64, 128, 256, 512], groups=groups)
+    assert report.passed, str(report)
+
+
+def test_a_plain_readout_with_a_division_takes_a_word():
+    class Divides(Net):
+        def forward(self, x):
+            x = F.relu(self.hidden(F.relu(self.norm(self.first(x)))))
+            return self.head(x * WIDTHS[0] / x.shape[1])
+
+    def groups(model):
+        m = model.head.in_features / WIDTHS[0]
+        initialised(model)
+        model.head.weight.data *= m
+        mine = dict(lr=LR * m, rho=RHO * m, gradnorm_scaling=m**0.5)
+        made = param_groups(model, Net(WIDTHS[0]), lr=LR, rho=RHO)
+        return [g | (mine if "head.weight" in g["names"] else {}) for g in made]
+
+    without_word = check(Divides, WIDTHS, groups=groups)
+    assert not without_word.passed and "or is the role wrong? roles={name: role} settles it" in str(without_word)
+    assert check(Divides, WIDTHS, groups=groups, roles={"head.weight": "input"}).passed
+
+
+def test_torchs_default_biases_are_harmless():
+    def groups(model):
+        biases = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim == 1}
+        made = correct()(model)
+        for n, b in biases.items():
+            model.get_parameter(n).data.copy_(b)
+        return made
+
+    assert check(Net, WIDTHS, groups=groups).passed
+
+
+def test_a_readout_tied_to_the_embedding_blows_up():
+    class Tied(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.e, self.hidden, self.norm = nn.Embedding(30, n), nn.Linear(n, n), nn.LayerNorm(n)
+            self.head = nn.Linear(n, 30, bias=False)
+            self.head.weight = self.e.weight
+
+        def forward(self, x):
+            return self.head(self.norm(self.hidden(self.e(x))))
+
+    with pytest.raises(ValueError, match=r"with 'input' the logits must be divided by the growth of the width"):
+        check(Tied, WIDTHS)
+    report = check(Tied, WIDTHS, roles={"e.weight": "input"}, base_optimizer="adam")
+    assert not report.passed and report.rows[-1].wrong and "MuSharedReadout" in str(report)
+
+
+def test_nothing_to_measure_is_no_success():
+    with pytest.raises(ValueError, match="same shapes at widths 32 and 64"):
+        check(lambda n: Net(32), [32, 64])
+    with pytest.raises(ValueError, match="random data are for classifiers"):
+        check(lambda n: mup2_ref.MLP(20, n, 1), [32, 64])
+    x = torch.randn(8, 20)
+
+    def factory(n):
+        return Net(n), lambda model: model(x).square().mean()
+
+    with pytest.raises(ValueError, match="no parameter has a gradient.*own_init"):
+        check(factory, [32, 64])
+    assert len(check(factory, [32, 64], own_init=True).rows) == len(ALL) + 1
+    with pytest.raises(ValueError, match="one seed"):
+        check(Net, [32, 64], seeds=0)
+    for bad in (lambda model: None, lambda model: torch.optim.SGD(model.parameters())):
+        with pytest.raises(TypeError, match="groups.model. returns parameter groups"):
+            check(Net, [32, 64], groups=bad)
+
+
+class Outputs(Net):
+    """Returns a dictionary; trains through a method, so that the module itself is never called."""
+
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+    def training_step(self, x):
+        return self.head(F.dropout(F.relu(self.first(x)), 0.5)).logsumexp(1).mean()
+
+
+@pytest.mark.parametrize("method", ["forward", "training_step"])
+def test_models_that_return_or_train_in_their_own_way(method):
+    x = torch.randn(32, 20)
+
+    def factory(n):
+        model = Outputs(n)
+        if method == "forward":
+            return model, lambda model: model(x)["out"].square().mean() + model(x)["out"].mean()
+        return model, lambda model: model.training_step(x)
+
+    state = torch.get_rng_state()
+    rows = {r.name: r for r in check(factory, [16, 32, 64], own_init=True).rows}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not math.isnan(rows["head.weight"].slopes["update"].value)
+    assert math.isnan(rows[checker.WHOLE].slopes["update"].value) == (method == "training_step")
 
 
 def test_own_groups_that_are_right_pass():
@@ -351,6 +485,9 @@ def test_models_of_the_mup_package():
         return mup.MuSGD(param_groups(model, lr=None, rho=RHO), lr=LR).param_groups
 
     assert check(with_mup(mup.MuReadout), WIDTHS, groups=mu_sgd).passed
+    for widths in ([64, 128, 256], [8, 16, 32]):  # wherever mup's base is
+        report = check(with_mup(mup.MuReadout), widths)
+        assert report.passed and [r.role for r in report.rows[::2]][:3] == ["input", "hidden", "output"], str(report)
     forgotten = check(with_mup(nn.Linear), WIDTHS, groups=mu_sgd)  # for a Linear, MuSGD takes m where 1/m belongs
     assert [r.name for r in forgotten.rows if "update" in r.wrong] == ["4.weight"], str(forgotten)
 
@@ -375,7 +512,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "layers.1.weight" in printed and "Passed: 3 parameters" in printed
     assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
-    assert checker.main(["my_model:with_loss", *options]) == 0
+    assert checker.main(["my_model:with_loss", *options]) == 2
+    assert "no parameter has a gradient" in capsys.readouterr().err
+    assert checker.main(["my_model:with_loss", *options, "--own-init"]) == 1  # torch's default weights
     assert checker.main(["my_model:factory", *options, "--groups", "my_model:groups"]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert checker.main(["my_model:factory", "--widths", "16"]) == 2

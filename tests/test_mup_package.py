@@ -179,9 +179,13 @@ def test_mup_optimizers_as_base(network, base, SAM):
             opt.step(closure_of(m, opt, x, y))
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
-    again = SAM(param_groups(other, lr=None, rho=0.2, base_optimizer=base), mup_kind, lr=0.05, **kwargs)
-    again.load_state_dict(b.state_dict())  # their order of groups is a function of the model
+    again = SAM(param_groups(model, lr=None, rho=0.1, base_optimizer=base), mup_kind, lr=0.01, **kwargs)
+    again.load_state_dict(copy.deepcopy(b.state_dict()))  # their order of groups is a function of the model
     assert [g["lr"] for g in again.param_groups] == [g["lr"] for g in b.param_groups]
+    model.load_state_dict(other.state_dict())
+    for opt, m in ((again, model), (b, other)):
+        opt.step(closure_of(m, opt, x, y))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
 
 
 def test_plain_sam_in_muP_with_mup_alone(SAM):
@@ -229,16 +233,20 @@ def test_a_readout_shared_with_the_embedding_needs_no_word(base):
 
 
 class Raw(nn.Module):
-    def __init__(self, n):
+    def __init__(self, n, rows=BASE):
         super().__init__()
         self.table, self.matrix = nn.Parameter(torch.randn(7, n)), nn.Parameter(torch.randn(2 * n, n))
+        self.side = nn.Parameter(torch.randn(rows, n))
         self.up = nn.ConvTranspose2d(n, n, 2, groups=n)
 
 
 def test_raw_parameters_mean_what_they_mean_to_mup():
-    model = mup.set_base_shapes(Raw(WIDE), Raw(BASE), delta=Raw(2 * BASE))
+    model = mup.set_base_shapes(Raw(WIDE), Raw(BASE), delta=Raw(2 * BASE, 2 * BASE))
     groups = {n: g for g in param_groups(model, lr=1.0, rho=1.0, roles={"up.weight": "input"}) for n in g["names"]}
     assert (groups["table"]["rho"], groups["matrix"]["rho"]) == (M, 1)
+    assert groups["side"]["rho"] == 1 / M, "its rows are a width that is at its base"
+    rates = {p: g["lr"] for g in mup.MuSGD(model.parameters(), lr=1.0).param_groups for p in g["params"]}
+    assert all(rates[model.get_parameter(n)] == groups[n]["lr"] for n in ("table", "matrix", "side"))
     with pytest.raises(ValueError, match=r"role of 'up.weight'"):  # depthwise or not: shapes do not tell
         param_groups(model, lr=1.0, rho=1.0)
 
@@ -249,4 +257,40 @@ def test_without_infshapes():
         param_groups(copy.deepcopy(model), lr=1.0, rho=1.0)
     with pytest.raises(ValueError, match="no infshape"):
         init_(nn.Linear(3, 4))
-    assert len(param_groups(model, mlp(BASE), lr=1.0, rho=1.0)) == len(param_groups(model, lr=1.0, rho=1.0))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(norm="joint"), dict(variant="elementwise")])
+def test_with_base_model_too(options):
+    """A base model of the same base, with or without shapes of its own, or another base that is noted in both."""
+
+    def factors(groups):
+        return {f"{n} {k}": g[k] for g in groups for n in g["names"] for k in ("lr", "rho", "gradnorm_scaling")}
+
+    model, settings = with_infshapes(mlp), dict(lr=1.0, rho=1.0) | options
+    expected = factors(param_groups(model, **settings))
+    assert expected["6.weight lr"] == M
+    for base in (mlp(BASE, mup.MuReadout), with_infshapes(mlp, BASE)):
+        assert factors(param_groups(model, base, **settings)) == pytest.approx(expected)
+    narrower, wider = with_infshapes(mlp, base=4), with_infshapes(mlp, 8, base=4)
+    assert factors(param_groups(narrower, wider, **settings)) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="'6.weight' divides its input by 8 .* but grows by 4 from base_model"):
+        param_groups(narrower, mlp(BASE, mup.MuReadout), **settings)
+
+
+def test_base_optimizers_that_do_as_they_like(SAM):
+    class NoRate(torch.optim.Optimizer):
+        def __init__(self, params, alpha=0.1):
+            super().__init__(params, dict(alpha=alpha))
+
+        def step(self):
+            pass
+
+    groups = [{k: v for k, v in g.items() if k not in ("lr", "weight_decay")} for g in _groups()]
+    assert SAM(groups, NoRate).param_groups[0]["alpha"] == 0.1
+    model = with_infshapes(mlp)
+    with pytest.raises(ValueError, match="must make its optimizer from the groups that it is given"):
+        SAM(param_groups(model, lr=None, rho=0.2), lambda groups: mup.MuSGD(model.parameters(), lr=0.1))
+
+
+def _groups():
+    return param_groups(with_infshapes(mlp), lr=0.1, rho=0.2)
