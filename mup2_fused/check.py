@@ -490,7 +490,7 @@ def _advice(quantity: str, excess: float, drawn: bool) -> str:
     else:
         end = "it will blow up" if excess > 0 else "SAM does not reach this layer in a wide network"
         advice = f"perturbation {way} as {_power(excess)}, {end}: multiply rho by {remedy}"
-    return advice + ", or is the role wrong? roles={name: role} settles it"
+    return advice
 
 
 def _output_advice(quantity: str, excess: float) -> str:
@@ -565,12 +565,16 @@ def text(report: Report) -> str:
         names = [r.name for r in wrong if advice in r.advice]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         out.append(f"* {', '.join(names[:4])}{more}: {advice}")
+    if any(r.wrong for r in report.rows[:-1]):
+        out.append("* or a role in the table is wrong: roles={name: role} (--roles name=role) settles it")
     unclear = sum(bool(r.unclear) for r in report.rows)
     if unclear:
         out.append(f"* {unclear} rows are too noisy to tell: use more --seeds, a larger --batch or more --widths")
-    count = len(report.rows) - 1
-    verdict = f"FAILED: {len(wrong)} rows" if wrong else f"UNCLEAR: {unclear} rows" if unclear else "Passed"
-    out.append(f"{verdict} of {count} parameters" if wrong or unclear else f"Passed: {count} parameters")
+    count, bad = len(report.rows) - 1, sum(bool(r.wrong) for r in report.rows[:-1])
+    if wrong:
+        out.append(f"FAILED: {bad} of {count} parameters" if bad else "FAILED: the network's output")
+    else:
+        out.append(f"UNCLEAR: {unclear} of {count} parameters" if unclear else f"Passed: {count} parameters")
     return "\n".join(out)
 
 

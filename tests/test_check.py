@@ -361,7 +361,7 @@ def test_a_plain_readout_with_a_division_takes_a_word():
         return [g | (mine if "head.weight" in g["names"] else {}) for g in made]
 
     without_word = check(Divides, WIDTHS, groups=groups)
-    assert not without_word.passed and "or is the role wrong? roles={name: role} settles it" in str(without_word)
+    assert not without_word.passed and "or a role in the table is wrong: roles={name: role}" in str(without_word)
     assert check(Divides, WIDTHS, groups=groups, roles={"head.weight": "input"}).passed
 
 
@@ -460,7 +460,7 @@ def test_a_wrong_role_is_found_without_own_groups():
     assert check(Raw, WIDTHS, roles={"readout": "output"}).passed
     report = check(Raw, WIDTHS, roles={"readout": "input"})
     assert not report.passed and report.rows[0].wrong[0] == "init" and "first.bias" in str(report).partition("* ")[2]
-    assert "is the role wrong?" in str(report)
+    assert "a role in the table is wrong" in str(report)
 
 
 # -------------------------------------------------------------------------------------- the mup package
