@@ -4,7 +4,6 @@ import functools
 import math
 import re
 
-import mup
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,8 @@ import networks
 from mup2_fused import check as checker
 from mup2_fused.check import check
 from mup2_ref import init_, param_groups
+
+mup = pytest.importorskip("mup", reason="pip install mup")
 
 WIDTHS = [32, 64, 128, 256]
 LR, RHO = 0.02, 0.02

@@ -2,7 +2,6 @@
 
 import copy
 
-import mup
 import pytest
 import torch
 from torch import nn
@@ -10,6 +9,8 @@ from torch import nn
 import mup2_ref
 import networks
 from mup2_ref import init_, param_groups
+
+mup = pytest.importorskip("mup", reason="pip install mup")
 
 BASE, WIDE, M = 8, 32, 4
 
