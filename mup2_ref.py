@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -515,6 +516,7 @@ class SAM(torch.optim.Optimizer):
     it for the adaptive ones. variant: "sam", "elementwise" or "layerwise". base_kwargs go to base_optimizer, a class or
     a function that makes an optimizer from groups, such as mup.MuSGD.
     skip_nonfinite: also skip the update if a gradient of the second pass is not finite (one more read of them all).
+    same_randomness: step(closure) gives both passes the same random numbers, and so the same dropout masks.
 
     Use step(closure), or first_step() and second_step() after a backward each. A first gradient that is not finite
     perturbs nothing and makes the following update a no-op, counted in skipped_steps. Weights are perturbed and
@@ -535,6 +537,7 @@ class SAM(torch.optim.Optimizer):
         rho: float = 0.05,
         variant: str = "sam",
         skip_nonfinite: bool = False,
+        same_randomness: bool = False,
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, type):
@@ -545,6 +548,7 @@ class SAM(torch.optim.Optimizer):
             raise ValueError("SAM changes weights in place and cannot be differentiable=True")
         _check_name("variant", variant, VARIANTS)
         self.variant, self.skip_nonfinite, self.skipped_steps = variant, skip_nonfinite, 0
+        self.same_randomness = same_randomness
         self._backup: list[tuple[Tensor, Tensor]] | None = None  # what is perturbed, and its weights before
         self._finite = True
         own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": variant}
@@ -597,7 +601,7 @@ class SAM(torch.optim.Optimizer):
     # -- the two passes
 
     def _require_restored(self, what: str) -> None:
-        if self._backup is not None:
+        if self._backup:
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {what}")
 
     @torch.no_grad()
@@ -627,6 +631,22 @@ class SAM(torch.optim.Optimizer):
                 rho = -group["rho"] if group.get("maximize") else group["rho"]  # climb in what is minimized
                 perturb_(p, p.grad, rho / (norm + self.EPS), self.variant)
 
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Weights are at w + e inside, and at w again however it is left, also by an exception or Ctrl-C.
+
+        For passes that may fail, and to look at the loss at w + e. step() or second_step() then updates, with the
+        gradient of a pass inside; as restoring and updating are apart, memory is read once more than without.
+        """
+        self.first_step()
+        try:
+            yield
+        finally:
+            updated = self._backup is None  # inside already
+            self.restore()
+        if not updated:
+            self._backup = []  # perturbed and back: an update may follow
+
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer step. Raises RuntimeError if first_step() has not been called."""
         self.step()
@@ -652,16 +672,25 @@ class SAM(torch.optim.Optimizer):
                 self._require_restored("step(closure)")
                 if found_inf is not None:
                     raise RuntimeError("GradScaler cannot unscale in a closure; use first_step() and scaler.step(opt)")
+                random = self._random_states() if self.same_randomness else []
                 with torch.enable_grad():
                     loss = closure()
                 self.first_step()
                 with self._restored_on_error(), torch.enable_grad():
+                    for set_state, state in random:
+                        set_state(state)
                     closure()
             elif self._backup is None:
                 raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
             with self._restored_on_error():
                 self._descend(scale, found_inf)
         return loss
+
+    def _random_states(self) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+        """(setter, state) of the random number generators of the CPU and of the parameters' GPUs."""
+        gpus = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
+        states = [(torch.set_rng_state, torch.get_rng_state())]
+        return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus]
 
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore, undo the scale of the loss, and update unless a gradient is not finite."""
@@ -712,7 +741,7 @@ class SAM(torch.optim.Optimizer):
         super().load_state_dict(state_dict | {"param_groups": saved})
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base_optimizer", "variant", "skip_nonfinite", "skipped_steps", "_backup", "_finite")
+        own = ("base_optimizer", "variant", "skip_nonfinite", "same_randomness", "skipped_steps", "_backup", "_finite")
         return super().__getstate__() | {key: getattr(self, key) for key in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -736,6 +765,55 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+@contextmanager
+def frozen_buffers(model: nn.Module) -> Iterator[None]:
+    """The model's buffers are afterwards what they were before. Put it around the second pass of batch norms.
+
+    Running statistics and counters, of custom and synchronized normalization too, then come from the weights w alone,
+    while batches are normalized as ever. Buffers keep their addresses. It may be nested.
+    """
+    saved = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in saved:
+                buffer.copy_(before)
+                module._buffers[name] = buffer  # where a module assigns instead of changing in place
+
+
+def accumulate(
+    model: nn.Module,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    *,
+    synchronize: bool = True,
+) -> Tensor:
+    """Add the gradient of the mean loss over all samples of some micro-batches to .grad, and return that loss.
+
+    loss_function: a mean over samples. It is one pass of SAM, for a batch that does not fit in memory:
+
+        def closure():
+            opt.zero_grad()
+            return accumulate(model, micro_batches)
+
+    With DistributedDataParallel gradients are exchanged once, in the last micro-batch; with synchronize=False not at
+    all, which in the first pass makes each process climb by its own gradient (m-sharpness, Foret et al. 2021).
+    """
+    micro_batches = [(x, y) for x, y in micro_batches if len(y)]  # the mean of none is not a number
+    if not micro_batches:
+        raise ValueError("no micro-batches, or only empty ones")
+    samples = sum(len(y) for _, y in micro_batches)
+    total: Tensor | float = 0.0
+    for i, (x, y) in enumerate(micro_batches, 1):
+        exchanged = synchronize and i == len(micro_batches)
+        with nullcontext() if exchanged else getattr(model, "no_sync", nullcontext)():
+            loss = loss_function(model(x), y) * (len(y) / samples)  # forward inside: DDP prepares the exchange there
+            loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def train_epoch(

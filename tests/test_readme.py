@@ -54,6 +54,23 @@ def test_recipe_for_mup_runs():
     assert {g["lr"] for g in opt.param_groups if g["params"]} == {0.1, 0.8}
 
 
+@pytest.mark.parametrize("kind", ["mup2_ref", "mup2_fused"])
+def test_recipe_for_passes_runs(kind):
+    import importlib
+
+    import mup2_ref
+
+    (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "accumulate(" in code)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    opt = importlib.import_module(kind).SAM(model.parameters(), same_randomness=True)
+    micro_batches = [(torch.randn(4, 5), torch.randint(3, (4,))) for _ in range(3)]
+    loss_function = torch.nn.functional.cross_entropy
+    before = model[0].weight.detach().clone()
+    exec(recipe, dict(mup2=mup2_ref, opt=opt, model=model, micro_batches=micro_batches, loss_function=loss_function))
+    assert not torch.equal(before, model[0].weight) and opt.skipped_steps == 0
+    assert model[1].num_batches_tracked == 3 * 2 + 3  # both passes of the first step, one of the second
+
+
 def test_links_point_at_what_they_name():
     tree = ast.parse((ROOT / "mup2_ref.py").read_text())
     lines = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}

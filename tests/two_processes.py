@@ -1,0 +1,101 @@
+"""Run by tests/test_loops.py under torch.distributed.run: SAM in two processes, against one process on all data.
+
+Prints nothing and ends with 0 if all assertions hold in both.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mup2_fused
+import mup2_ref
+from mup2_ref import MLP, accumulate
+
+STEPS, PER_RANK = 5, 8
+
+
+def gathered(tensors):
+    """The flattened tensors of every process."""
+    mine = torch.cat([t.detach().flatten() for t in tensors])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return everyone
+
+
+def same_everywhere(tensors):
+    first, *others = gathered(tensors)
+    return all(torch.equal(first, other) for other in others)
+
+
+def check_synchronized(SAM, **ddp):
+    """Averaged gradients in both passes: one process on the joined batch, in float64."""
+    torch.manual_seed(0)
+    alone = MLP(5, 16, 3).double()
+    model = DistributedDataParallel(copy.deepcopy(alone), **ddp)
+    a, b = (SAM(m.parameters(), lr=0.1, rho=0.2, momentum=0.9) for m in (model, alone))
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for _ in range(STEPS):
+        x, y = torch.randn(world * PER_RANK, 5).double(), torch.randint(3, (world * PER_RANK,))
+        mine = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
+        for opt, m, batch in ((a, model, (x[mine], y[mine])), (b, alone, (x, y))):
+
+            def closure():
+                opt.zero_grad()
+                return accumulate(m, [batch] if ddp.get("static_graph") else [*zip(*(t.split(3) for t in batch))])
+
+            opt.step(closure)
+    assert same_everywhere(model.parameters())
+    for p, q in zip(model.parameters(), alone.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def check_m_sharpness(SAM):
+    """Each process climbs by its own gradient; gradients at w + e are averaged, weights never differ by a bit."""
+    torch.manual_seed(0)
+    alone = MLP(5, 16, 3).double()
+    model = DistributedDataParallel(copy.deepcopy(alone))
+    opt = SAM(model.parameters(), lr=0.1, rho=0.2, momentum=0.9)
+    momentum = [torch.zeros_like(p) for p in alone.parameters()]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for _ in range(STEPS):
+        x, y = torch.randn(world, PER_RANK, 5).double(), torch.randint(3, (world, PER_RANK))
+        opt.zero_grad()
+        accumulate(model, [(x[rank, :3], y[rank, :3]), (x[rank, 3:], y[rank, 3:])], synchronize=False)
+        assert not same_everywhere([p.grad for p in model.parameters()]), "the first pass does not synchronise"
+        opt.first_step(zero_grad=True)
+        assert not same_everywhere(model.parameters())
+        accumulate(model, [(x[rank], y[rank])])
+        assert same_everywhere([p.grad for p in model.parameters()])
+        opt.second_step()
+        assert same_everywhere(model.parameters())
+
+        params, average = list(alone.parameters()), [torch.zeros_like(p) for p in alone.parameters()]
+        for r in range(world):  # what it should be, process by process
+            g = torch.autograd.grad(nn.functional.cross_entropy(alone(x[r]), y[r]), params)
+            norm = sum(v.square().sum() for v in g) ** 0.5
+            climbed = {n: p + 0.2 * v / norm for (n, p), v in zip(alone.named_parameters(), g)}
+            f = torch.func.functional_call(alone, climbed, (x[r],))
+            g = torch.autograd.grad(nn.functional.cross_entropy(f, y[r]), list(climbed.values()))
+            average = [a + v / world for a, v in zip(average, g)]
+        with torch.no_grad():
+            for p, v, a in zip(params, momentum, average):
+                p.sub_(v.mul_(0.9).add_(a), alpha=0.1)
+    for p, q in zip(model.parameters(), alone.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for SAM in (mup2_ref.SAM, mup2_fused.SAM):
+        for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+            check_synchronized(SAM, **ddp)
+        check_m_sharpness(SAM)
+    dist.destroy_process_group()
