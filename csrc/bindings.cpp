@@ -478,6 +478,7 @@ class Plan {
     std::vector<const Tensor*> changed;
     States states(optimizer.attr("state"));
     size_t n = 0;  // backups taken
+    bool work = false;
     for (py::handle group : groups) {  // everything that can say no, before anything is made
       hypers.emplace_back();
       if (!read(group, hypers.back())) return false;
@@ -490,10 +491,12 @@ class Plan {
         if (!plain(w) || (u.g && !plain(g)) || (hypers.back().lr_tensor && lr_device_ != w.device())) return false;
         if (u.g) u.state = states.find(parameter);
         if (u.g && !fits(hypers.back(), u.state)) return false;
+        work |= u.g && w.numel();
         updates.push_back(u);
         changed.push_back(&w);
       }
     }
+    if (!work) return false;  // no kernel would run, and none count a step that is skipped
     if (n < backups.size() || may_overlap(changed)) return false;  // n: groups have changed between the passes
     Entries entries;
     for (Update& u : updates) {

@@ -1,5 +1,6 @@
 """The optimizer: against an independent numpy loop, against torch.optim, and every defect known from other packages."""
 
+import contextlib
 import copy
 import io
 import math
@@ -307,6 +308,20 @@ def test_non_finite_first_gradient(SAM, dtype, variant, value):
     opt.first_step()
     opt.second_step()
     assert not equal(params, before) and all(p.isfinite().all() for p in params) and opt.skipped_steps == 1
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3)])
+def test_a_skipped_step_counts_without_a_second_gradient(SAM, shape, restored):
+    p, q = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(shape))
+    opt = SAM([p, q], lr=0.1, momentum=0.9)
+    p.grad = torch.full((4,), torch.nan)
+    with opt.perturbed() if restored else contextlib.nullcontext(opt.first_step()):
+        opt.zero_grad()
+    if shape == (0, 3):
+        q.grad = torch.ones(0, 3)
+    opt.second_step()
+    assert opt.skipped_steps == 1 and torch.equal(p, torch.ones(4))
 
 
 def test_non_finite_gradient_of_a_tensor_that_is_not_perturbed(SAM):
