@@ -270,6 +270,18 @@ def random_data(model: nn.Module, shape: tuple[int, ...] | None, vocabulary: int
     return loss
 
 
+KEYS = ("lr", "rho", "gradnorm_scaling")
+Settings = dict[str, dict[str, float]]  # parameter -> KEYS
+
+
+def _settings(model: nn.Module, opt: mup2_ref.SAM) -> Settings:
+    """What the optimizer's groups say of each parameter."""
+    names = {p: n for n, p in model.named_parameters()}
+    groups = opt.param_groups
+    return {names[p]: {k: float(g[k]) for k in (*KEYS, "perturb")} for g in groups for p in g["params"] if p in names}
+
+
+@torch.random.fork_rng()
 def check(
     factory: Callable[[int], Any],
     widths: list[int],
@@ -303,49 +315,25 @@ def check(
     widths = sorted(set(widths))
     if len(widths) < 2 or seeds < 1:
         raise ValueError(f"an exponent takes at least two widths and one seed, not {widths} and {seeds}")
-    with torch.random.fork_rng():
-        return _check(
-            factory,
-            widths,
-            groups,
-            own_init or groups is not None,
-            dict(roles=roles, base_optimizer=base_optimizer, variant=variant),
-            lr or {"sgd": 0.05, "adam": 0.001}[base_optimizer],
-            rho,
-            lambda model, seed: random_data(model, input_shape, vocabulary, batch, seed),
-            (steps, seeds, device, progress),
-        )
-
-
-KEYS = ("lr", "rho", "gradnorm_scaling")
-Settings = dict[str, dict[str, float]]  # parameter -> KEYS
-
-
-def _settings(model: nn.Module, opt: mup2_ref.SAM) -> Settings:
-    """What the optimizer's groups say of each parameter."""
-    names = {p: n for n, p in model.named_parameters()}
-    groups = opt.param_groups
-    return {names[p]: {k: float(g[k]) for k in (*KEYS, "perturb")} for g in groups for p in g["params"] if p in names}
-
-
-def _check(factory, widths, groups, own_init, options, lr, rho, data, settings) -> Report:
-    steps, seeds, device, progress = settings
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}[options["base_optimizer"]]
+    options = dict(roles=roles, base_optimizer=base_optimizer, variant=variant)
+    own_init = own_init or groups is not None
+    lr = lr or {"sgd": 0.05, "adam": 0.001}[base_optimizer]
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}[base_optimizer]
 
     def optimizer(groups: Any) -> mup2_ref.SAM:
         if isinstance(groups, torch.optim.Optimizer) or not hasattr(groups, "__iter__"):
             raise TypeError(f"groups(model) returns parameter groups, as for SAM, not {type(groups).__name__}")
-        return mup2_fused.SAM(groups, kind, variant=options["variant"])
+        return mup2_fused.SAM(groups, kind, variant=variant)
 
     narrow, wide = (_build(factory, width)[0] for width in (widths[0], widths[-1]))
     if [p.shape for p in narrow.parameters()] == [p.shape for p in wide.parameters()]:
         raise ValueError(f"the factory makes models of the same shapes at widths {widths[0]} and {widths[-1]}")
     base = None if all(hasattr(p, "infshape") for p in narrow.parameters()) else narrow
-    described = [mup2_ref._tensors(model, base, options["roles"]) for model in (narrow, wide)]
-    roles = {n: t.role if t.role != "finite" else described[0][n].role for n, t in described[1].items()}
+    described = [mup2_ref._tensors(model, base, roles) for model in (narrow, wide)]
+    role_of = {n: t.role if t.role != "finite" else described[0][n].role for n, t in described[1].items()}
     everywhere = [n for n, _ in wide.named_parameters(remove_duplicate=False)]
-    tied = {n for n in roles if sum(wide.get_parameter(m) is wide.get_parameter(n) for m in everywhere) > 1}
-    readouts = {n: role for n, role in roles.items() if role == "output" and n not in tied}
+    tied = {n for n in role_of if sum(wide.get_parameter(m) is wide.get_parameter(n) for m in everywhere) > 1}
+    readouts = {n: role for n, role in role_of.items() if role == "output" and n not in tied}
 
     def factors(model: nn.Module) -> Settings:
         return _settings(model, optimizer(mup2_ref.param_groups(model, base, lr=1.0, rho=1.0, **options)))
@@ -370,15 +358,17 @@ def _check(factory, widths, groups, own_init, options, lr, rho, data, settings) 
         model, loss = _build(factory, width)
         model = model.to(device)
         if not own_init:
-            words = (options["roles"] or {}) | readouts
+            words = (roles or {}) | readouts
             mup2_ref.init_(model, base, roles=words, gain=1.0, zero_output=bool(readouts))
         made = groups(model) if groups else None  # on both sides, as it may draw initial weights too
         opt = optimizer(made if mine else mup_groups(model))
         if mine:
             own[width] = _settings(model, opt)
-        measured[mine, seed, width] = measure(model, loss or data(model, seed), opt, roles, steps)
+        measured[mine, seed, width] = measure(
+            model, loss or random_data(model, input_shape, vocabulary, batch, seed), opt, role_of, steps
+        )
     rows = [
-        _row(name, widths, seeds, measured, *(d.get(name) for d in described), roles.get(name))
+        _row(name, widths, seeds, measured, *(d.get(name) for d in described), role_of.get(name))
         for name in measured[sides[-1], 0, widths[-1]]
     ]
     if not any(row.values["update"] for row in rows if row.name != WHOLE):
