@@ -475,11 +475,17 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norm, a float64 scalar; of a DTensor over all its shards."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
 def normalizer(w: Tensor, variant: str) -> Tensor | float:
     """T of the variant: 1 (sam), |w| (elementwise) or ||w||_F (layerwise), in the shape of w or a scalar."""
     if variant == "sam":
         return 1.0
-    return w.abs() if variant == "elementwise" else torch.linalg.vector_norm(w, dtype=torch.float64)
+    return w.abs() if variant == "elementwise" else _norm(w)
 
 
 def joint_norm(tensors: list[tuple[Tensor, Tensor, float]], variant: str) -> Tensor:
@@ -488,9 +494,9 @@ def joint_norm(tensors: list[tuple[Tensor, Tensor, float]], variant: str) -> Ten
     for w, g, s in tensors:
         T = normalizer(_wide(w), variant)
         if variant == "elementwise":
-            norms.append(s * torch.linalg.vector_norm(_wide(g) * T, dtype=torch.float64))
+            norms.append(s * _norm(_wide(g) * T))
         else:  # T is a number: ||T g|| = T ||g||
-            norms.append(s * T * torch.linalg.vector_norm(g, dtype=torch.float64))
+            norms.append(s * T * _norm(g))
     return (
         torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
         if norms
@@ -605,15 +611,20 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {what}")
 
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
+    def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
+        """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
+
+        process_group: of processes that climb by gradients of their own (m-sharpness), such as torch.distributed.group.
+        WORLD. If the gradient is not finite in one of them, none climbs or updates, or their weights would part.
+        """
         self._require_restored("the next first_step()")
-        self._climb()
+        self._climb(process_group)
         if zero_grad:
             self.zero_grad()
 
-    def _climb(self) -> None:
+    def _climb(self, process_group: Any) -> None:
         """Perturb every perturbed parameter that has a gradient, and keep its weights."""
+        self._place_gradients()
         perturbed = [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
         for p, _ in perturbed:
             if p.grad.layout != torch.strided or p.grad.is_complex():
@@ -623,7 +634,10 @@ class SAM(torch.optim.Optimizer):
                     "perturb=False"
                 )
         norm = joint_norm([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], self.variant)
-        self._finite = bool(norm.isfinite())
+        finite = norm.isfinite().int()
+        if process_group is not None:
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=process_group)
+        self._finite = bool(finite)
         perturbed = perturbed if self._finite else []
         self._backup = [(p, p.detach().clone()) for p, _ in perturbed]
         with self._restored_on_error():
@@ -631,14 +645,20 @@ class SAM(torch.optim.Optimizer):
                 rho = -group["rho"] if group.get("maximize") else group["rho"]  # climb in what is minimized
                 perturb_(p, p.grad, rho / (norm + self.EPS), self.variant)
 
+    def _place_gradients(self) -> None:
+        """Give gradients the layout of their parameters: tensor parallelism leaves partial sums and copies."""
+        for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
+            if getattr(p.grad, "placements", None) != getattr(p, "placements", None):
+                p.grad = p.grad.redistribute(placements=p.placements)
+
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, process_group: Any = None) -> Iterator[None]:
         """Weights are at w + e inside, and at w again however it is left, also by an exception or Ctrl-C.
 
         For passes that may fail, and to look at the loss at w + e. step() or second_step() then updates, with the
         gradient of a pass inside; as restoring and updating are apart, memory is read once more than without.
         """
-        self.first_step()
+        self.first_step(process_group=process_group)
         try:
             yield
         finally:
@@ -680,6 +700,9 @@ class SAM(torch.optim.Optimizer):
                     for set_state, state in random:
                         set_state(state)
                     closure()
+            elif self._backup is None and not self.state and not any(g.get("lr", 1) for g in self.param_groups):
+                self.base_optimizer.step()  # only makes its state: torch.distributed.checkpoint does so before loading
+                return None
             elif self._backup is None:
                 raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
             with self._restored_on_error():
@@ -695,12 +718,13 @@ class SAM(torch.optim.Optimizer):
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore, undo the scale of the loss, and update unless a gradient is not finite."""
         self.restore()
+        self._place_gradients()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if scale is not None:
             for g in gradients:
                 g.div_(scale.to(g.device))
         skip = not self._finite or (found_inf is not None and found_inf.item() > 0)
-        if skip or (self.skip_nonfinite and not all(g.isfinite().all() for g in gradients)):
+        if skip or (self.skip_nonfinite and not joint_norm([(g, g, 1.0) for g in gradients], "sam").isfinite()):
             self.skipped_steps += 1
         else:
             self.base_optimizer.step()

@@ -75,5 +75,9 @@ inline void finish_all(const NormState& s, double square) {
   finish_norm(s, square);
   for (int i = 0; i < s.n_tensors; ++i) finish_coefficient(s, i);
 }
+inline void finish_from_sums(const NormState& s, bool layerwise) {
+  for (int i = 0; i < s.n_tensors; ++i) contribute_from_sums(s, i, layerwise);
+  finish_all(s, ordered_sum(s.contribution, s.n_tensors));
+}
 
 }  // namespace mup2

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 
 #include "batches.h"
@@ -43,8 +44,8 @@ int32_t* ints(const Tensor& t) { return t.data_ptr<int32_t>(); }
 bool is_cuda(at::Device d) { return d.is_cuda(); }
 
 void check_device(const Tensor& t) {
-  TORCH_CHECK_TYPE(!t.unsafeGetTensorImpl()->is_python_dispatch(), "mup2_fused takes plain tensors, not tensor subclasses "
-                   "such as DTensor; mup2_ref.SAM takes those that behave like tensors");
+  TORCH_CHECK_TYPE(!t.unsafeGetTensorImpl()->is_python_dispatch(), "mup2_fused takes plain tensors and DTensors, no other "
+                   "tensor subclasses; mup2_ref.SAM takes those that behave like tensors");
 #ifdef MUP2_CUDA
   const bool ours = t.is_cpu() || t.is_cuda();
 #else
@@ -81,6 +82,15 @@ class Entries {
     order_ = w.is_non_overlapping_and_dense() ? w : at::empty_like(w, at::MemoryFormat::Contiguous);
     set(kW, w, true);
     return e;
+  }
+  // In the place of an empty part of a tensor: one element of each kind, which are 0 and stay so.
+  DeviceEntry& add_zero(const Tensor& w, const Tensor& g, int group) {
+    for (const Tensor& t : {w, g, w}) copies_.push_back({{}, at::zeros({}, t.options()), false});
+    const Copy* zeros = &*copies_.end() - 3;
+    add(zeros[0].copy, group);
+    set(kG, zeros[1].copy, false);
+    set(kBackup, zeros[2].copy, false);
+    return list.back();
   }
   void set(int which, const Tensor& t, bool written) {
     DeviceEntry& e = list.back();
@@ -176,8 +186,10 @@ struct Workspace {
       : ints(at::zeros({2}, at::TensorOptions().device(d).dtype(at::kInt))),
         skipped(at::zeros({1}, at::TensorOptions().device(d).dtype(at::kLong))) {}
   // ints: [nonfinite, counter of the update, counters of the norm ...]
+  // doubles: [norm, its square, 3 results of each tensor ..., its two sums ..., its radius ..., partials ...]
   void reserve(int64_t tensors, int64_t partials, bool layerwise) {
-    const int64_t n_doubles = 2 + 3 * tensors + partials * (layerwise ? 2 : 1), n_ints = 3 + tensors;
+    static_assert(sizeof(Radius) == 2 * sizeof(double));
+    const int64_t n_doubles = 2 + 7 * tensors + partials * (layerwise ? 2 : 1), n_ints = 3 + tensors;
     if (ints.numel() < n_ints) {
       Tensor more = at::zeros({2 * n_ints}, ints.options());
       more.slice(0, 0, 2).copy_(ints.slice(0, 0, 2));
@@ -185,10 +197,12 @@ struct Workspace {
     }
     if (!doubles.defined() || doubles.numel() < n_doubles)
       doubles = at::empty({n_doubles + n_doubles / 4}, ints.options().dtype(at::kDouble));
-    double* d = doubles.data_ptr<double>();
+    double *d = doubles.data_ptr<double>(), *each = d + 2, *sums = each + 3 * tensors;
     int32_t* i = ints.data_ptr<int32_t>();
-    state = {d + 2 + 3 * tensors, d + 2, d + 2 + tensors, d + 2 + 2 * tensors, d, i, (uint32_t*)i + 2, int32_t(tensors), partials};
+    state = {sums + 4 * tensors, each, each + tensors, each + 2 * tensors, (double(*)[2])sums, (Radius*)(sums + 2 * tensors),
+             d, i, (uint32_t*)i + 2, int32_t(tensors), partials};
   }
+  Tensor sums() const { return doubles.slice(0, 2 + 3 * state.n_tensors, 2 + 5 * state.n_tensors).view({-1, 2}); }
   Control control() {
     int32_t* i = ints.data_ptr<int32_t>();
     return {i, nullptr, nullptr, nullptr, nullptr, (uint32_t*)i + 1};
@@ -208,6 +222,12 @@ void norm(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<Ra
     for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, s, variant == kLayerwise);
   });
   if (!is_cuda(device)) finish_all(s, ordered_sum(s.contribution, tensors));
+}
+
+// Norm and coefficients again, from sums that have been added up over processes.
+void from_sums(Workspace& ws, bool layerwise, at::Device device) {
+  if (is_cuda(device)) MUP2_ON_CUDA(cuda_from_sums(ws.state, layerwise, stream_of(device)));
+  finish_from_sums(ws.state, layerwise);
 }
 
 // Norm and coefficients again, from the square of a norm over more than this device's tensors.
@@ -265,11 +285,20 @@ Workspace& workspace(Workspaces& all, at::Device device) {
   return found != all.end() ? found->second : all.emplace(device, Workspace(device)).first->second;
 }
 
+// Adds sums of tensors over the processes that hold parts of them; may set all to NaN.
+using Reduce = std::function<void(const Tensor& sums, const DeviceEntry* begin, const DeviceEntry* end)>;
+
 // The joint norm over entries of any number of devices.
-void norms(std::vector<DeviceEntry>& list, const std::vector<Radius>& radii, Variant variant, Workspaces& all) {
+void norms(std::vector<DeviceEntry>& list, const std::vector<Radius>& radii, Variant variant, Workspaces& all,
+           const Reduce& reduce = {}) {
   std::vector<at::Device> devices;
   per_device(list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
-    norm(begin, end, radii, variant, workspace(all, device));
+    Workspace& ws = workspace(all, device);
+    norm(begin, end, radii, variant, ws);
+    if (reduce) {
+      reduce(ws.sums(), begin, end);
+      from_sums(ws, variant == kLayerwise, device);
+    }
     devices.push_back(device);
   });
   if (devices.size() < 2) return;
@@ -286,13 +315,23 @@ Variant variant_of(const std::string& name) {
   return name == "sam" ? kSam : name == "elementwise" ? kElementwise : kLayerwise;
 }
 
-void bump(const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); }
-
 // ---------------------------------------------------------------------------------------------- eager: a plan
 
 const Tensor& unpack(py::handle h) {
   TORCH_CHECK_TYPE(h && THPVariable_Check(h.ptr()), "mup2_fused: something that should be a tensor is missing, or none");
   return THPVariable_Unpack(h.ptr());
+}
+// The part of a DTensor that lies in this process, which the DTensor keeps alive; any other tensor itself.
+const Tensor& local(const Tensor& t) {
+  if (!t.unsafeGetTensorImpl()->is_python_dispatch()) return t;
+  const py::object whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(t));
+  if (!py::hasattr(whole, "_local_tensor")) return t;
+  const py::object part = whole.attr("_local_tensor");
+  return unpack(py::hasattr(part, "trigger_wait") ? part.attr("trigger_wait")() : part);  // of a collective still under way
+}
+void bump(const Tensor& t) {
+  t.unsafeGetTensorImpl()->bump_version();
+  if (&local(t) != &t) local(t).unsafeGetTensorImpl()->bump_version();
 }
 py::handle get(py::handle dict, const char* key) { return PyDict_GetItemString(dict.ptr(), key); }  // borrowed; null if absent
 bool is_number(py::handle h) { return h && (PyFloat_Check(h.ptr()) || PyLong_Check(h.ptr())); }
@@ -309,13 +348,14 @@ bool plain(const Tensor& t) {
 // Whether two of the tensors may share memory: then one must be done with before the next, and no launch does that.
 bool may_overlap(const std::vector<const Tensor*>& tensors) {
   std::vector<std::pair<const char*, const char*>> ranges;
-  for (const Tensor* t : tensors) {
-    if (t->numel() == 0) continue;
-    if (at::has_internal_overlap(*t) == at::MemOverlap::Yes) return true;
+  for (const Tensor* whole : tensors) {
+    const Tensor& t = local(*whole);
+    if (t.numel() == 0) continue;
+    if (at::has_internal_overlap(t) == at::MemOverlap::Yes) return true;
     int64_t extent = 1;
-    for (int64_t i = 0; i < t->dim(); ++i) extent += (t->size(i) - 1) * t->stride(i);
-    const char* begin = (const char*)t->data_ptr();
-    ranges.emplace_back(begin, begin + extent * t->itemsize());
+    for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
+    const char* begin = (const char*)t.data_ptr();
+    ranges.emplace_back(begin, begin + extent * t.itemsize());
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i)
@@ -347,7 +387,9 @@ class Plan {
  public:
   // First step of an optimizer: perturbs, and sets its _backup to the list of (parameter, backup) that restoring needs. False
   // if that takes the reference's code (a gradient is sparse or complex, parameters share memory), when nothing has happened.
-  bool climb(const py::object& optimizer) {
+  // reduce(sums, rows), if not None: called once per device, adds in place to each of the sums those of other processes;
+  // row k belongs to perturbed parameter rows[k].
+  bool climb(const py::object& optimizer, const py::object& reduce) {
     const Variant variant = variant_of(optimizer.attr("variant").cast<std::string>());
     const py::list groups = optimizer.attr("param_groups");
     Entries entries;
@@ -359,13 +401,16 @@ class Plan {
       radii.push_back({is_true(get(group, "maximize")) ? -rho : rho, get(group, "gradnorm_scaling").cast<double>()});
       if (!is_true(get(group, "perturb"))) continue;
       for (py::handle parameter : get(group, "params")) {
-        const Tensor &w = unpack(parameter), &g = w.grad();
+        const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
         if (!g.defined()) continue;
         if (g.layout() != at::kStrided || g.is_complex()) return false;
         check_device(w);
         const Tensor& backup = this->backup(n++, parameter, w);
-        changed.push_back(&w);
-        if (w.numel() == 0) continue;
+        changed.push_back(&p);
+        if (w.numel() == 0) {
+          if (!reduce.is_none()) entries.add_zero(w, g, radii.size() - 1).index = n - 1;
+          continue;
+        }
         entries.add(w, radii.size() - 1).index = n - 1;
         entries.set(kG, g, false);
         entries.set(kBackup, backup, true);
@@ -374,7 +419,7 @@ class Plan {
     if (may_overlap(changed)) return false;
     if (backups_.size() > n) PyList_SetSlice(backups_.ptr(), n, PyList_GET_SIZE(backups_.ptr()), nullptr);
     for (const Tensor* w : changed) bump(*w);
-    run_climb(entries, radii, variant);
+    run_climb(entries, radii, variant, reduce);
     // Here, as an interrupt may come before Python has the result; not before, as the backups were those of another step.
     optimizer.attr("_backup") = backups_;
     entries.copy_back();
@@ -384,22 +429,24 @@ class Plan {
   // Second step of an optimizer: restores and updates in one pass, and sets its _backup to None. False if that takes another
   // optimizer's code, when nothing has happened. method: sgd, adam or adamw; create(parameter, keys) makes and returns what
   // state[parameter] lacks; skip_nonfinite: do not update if a gradient of any parameter is not finite.
+  // share(flag), if not None: makes a flag that is set in one process set in those that hold other parts of the tensors.
   bool descend(const py::object& optimizer, const std::string& method, const py::function& create,
-               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool skip_nonfinite) {
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool skip_nonfinite,
+               const py::object& share) {
     decoupled_ = method == "adamw";  // torch before 2.7 does not say it in the groups
-    return method == "sgd" ? descend_with<Sgd>(optimizer, create, grad_scale, found_inf, skip_nonfinite)
-                           : descend_with<Adam>(optimizer, create, grad_scale, found_inf, skip_nonfinite);
+    return method == "sgd" ? descend_with<Sgd>(optimizer, create, grad_scale, found_inf, skip_nonfinite, share)
+                           : descend_with<Adam>(optimizer, create, grad_scale, found_inf, skip_nonfinite, share);
   }
 
   void restore(const py::list& backups) {
     Entries entries;
     for (py::handle pair : backups) {
-      const Tensor& w = unpack(PyTuple_GET_ITEM(pair.ptr(), 0));
-      entries.add(w, 0);
-      entries.set(kBackup, unpack(PyTuple_GET_ITEM(pair.ptr(), 1)), false);
-      bump(w);
+      const Tensor& p = unpack(PyTuple_GET_ITEM(pair.ptr(), 0));
+      entries.add(local(p), 0);
+      entries.set(kBackup, local(unpack(PyTuple_GET_ITEM(pair.ptr(), 1))), false);
+      bump(p);
     }
-    run_update<Sgd>(entries, {Sgd::Hyper{}}, {}, {}, false, false);
+    run_update<Sgd>(entries, {Sgd::Hyper{}}, {}, {}, false, false, py::none());
   }
 
   bool finite() {
@@ -444,12 +491,20 @@ class Plan {
     return unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups_.ptr(), n), 1));
   }
 
-  void run_climb(Entries& entries, const std::vector<Radius>& radii, Variant variant) {
+  void run_climb(Entries& entries, const std::vector<Radius>& radii, Variant variant, const py::object& reduce) {
+    Reduce call;
+    if (!reduce.is_none())
+      call = [&](const Tensor& sums, const DeviceEntry* begin, const DeviceEntry* end) {
+        std::vector<int> rows;
+        for (const DeviceEntry* e = begin; e != end; ++e) rows.push_back(e->index);
+        const py::gil_scoped_acquire acquire;
+        reduce(sums, rows);
+      };
     const py::gil_scoped_release release;
     auto& list = entries.list;
     entries.sort();
     order_.clear();
-    mup2::norms(list, radii, variant, workspaces_);
+    mup2::norms(list, radii, variant, workspaces_, call);
     per_device(list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
       perturb(begin, end, workspace(workspaces_, device).state.coefficient, variant);
       auto& index = order_[device];
@@ -470,7 +525,7 @@ class Plan {
 
   template <class Method>
   bool descend_with(const py::object& optimizer, const py::function& create, const std::optional<Tensor>& grad_scale,
-                    const std::optional<Tensor>& found_inf, bool skip_nonfinite) {
+                    const std::optional<Tensor>& found_inf, bool skip_nonfinite, const py::object& share) {
     const py::list groups = optimizer.attr("param_groups");
     const py::list backups = optimizer.attr("_backup");
     std::vector<typename Method::Hyper> hypers;
@@ -483,17 +538,17 @@ class Plan {
       hypers.emplace_back();
       if (!read(group, hypers.back())) return false;
       for (py::handle parameter : get(group, "params")) {
-        const Tensor &w = unpack(parameter), &g = w.grad();
+        const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
         Update u = {parameter, {}, &w, g.defined() ? &g : nullptr, nullptr, int(hypers.size()) - 1};
         if (n < backups.size() && PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n), 0) == parameter.ptr())
-          u.backup = &unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n++), 1));
+          u.backup = &local(unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n++), 1)));
         if (!u.backup && !u.g) continue;
         if (!plain(w) || (u.g && !plain(g)) || (hypers.back().lr_tensor && lr_device_ != w.device())) return false;
         if (u.g) u.state = states.find(parameter);
         if (u.g && !fits(hypers.back(), u.state)) return false;
         work |= u.g && w.numel();
         updates.push_back(u);
-        changed.push_back(&w);
+        changed.push_back(&p);
       }
     }
     if (!work) return false;  // no kernel would run, and none count a step that is skipped
@@ -506,7 +561,7 @@ class Plan {
       if (u.g) add_state(entries, hypers[u.group], u, create);
     }
     for (const Tensor* w : changed) bump(*w);
-    run_update<Method>(entries, hypers, grad_scale, found_inf, skip_nonfinite, true);
+    run_update<Method>(entries, hypers, grad_scale, found_inf, skip_nonfinite, true, share);
     optimizer.attr("_backup") = py::none();
     return true;
   }
@@ -568,13 +623,13 @@ class Plan {
     if (h.momentum == 0) return;
     py::object state = py::reinterpret_borrow<py::object>(u.state);
     if (!has(state, "momentum_buffer")) state = create(u.parameter, py::make_tuple("momentum_buffer"));
-    entries.set(kM, unpack(get(state, "momentum_buffer")), true);
+    entries.set(kM, local(unpack(get(state, "momentum_buffer"))), true);
   }
   void add_state(Entries& entries, const Adam::Hyper&, const Update& u, const py::function& create) {
     py::object state = py::reinterpret_borrow<py::object>(u.state);
     if (!has(state, "exp_avg")) state = create(u.parameter, py::make_tuple("step", "exp_avg", "exp_avg_sq"));
-    entries.set(kM, unpack(get(state, "exp_avg")), true);
-    entries.set(kV, unpack(get(state, "exp_avg_sq")), true);
+    entries.set(kM, local(unpack(get(state, "exp_avg"))), true);
+    entries.set(kV, local(unpack(get(state, "exp_avg_sq"))), true);
     const Tensor& step = unpack(get(state, "step"));
     if (step.device() != u.w->device() || step.scalar_type() != at::kFloat)
       state["step"] = step.to(u.w->device(), at::kFloat).clone();
@@ -583,15 +638,19 @@ class Plan {
 
   template <class Method>
   void run_update(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const std::optional<Tensor>& grad_scale,
-                  const std::optional<Tensor>& found_inf, bool skip_nonfinite, bool count) {
+                  const std::optional<Tensor>& found_inf, bool skip_nonfinite, bool count, const py::object& share) {
     const py::gil_scoped_release release;
     entries.sort();
     if (skip_nonfinite) {
       std::vector<DeviceEntry> with_gradient;
       for (const DeviceEntry& e : entries.list)
         if (e.ptr[kG] && e.numel) with_gradient.push_back(e), with_gradient.back().group = 0;
+      for (const DeviceEntry& e : entries.list) workspace(second_, e.device);
       for (auto& [device, ws] : second_) ws.ints.slice(0, 0, 1).zero_();  // of devices without gradients
       mup2::norms(with_gradient, {{1, 1}}, kSam, second_);
+      const py::gil_scoped_acquire acquire;
+      if (!share.is_none())
+        for (auto& [device, ws] : second_) share(ws.ints.slice(0, 0, 1));
     }
     per_device(entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
       const bool known = workspaces_.count(device);
@@ -777,8 +836,9 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> walk(const std::vector<int64_
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init<>())
-      .def("climb", &Plan::climb)
-      .def("descend", &Plan::descend)
+      .def("climb", &Plan::climb, py::arg("optimizer"), py::arg("reduce") = py::none())
+      .def("descend", &Plan::descend, py::arg("optimizer"), py::arg("method"), py::arg("create"), py::arg("grad_scale"),
+           py::arg("found_inf"), py::arg("skip_nonfinite"), py::arg("share") = py::none())
       .def("restore", &Plan::restore)
       .def("finite", &Plan::finite)
       .def("skipped", &Plan::skipped)

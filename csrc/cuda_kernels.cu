@@ -128,6 +128,13 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 __global__ void __launch_bounds__(kThreads) combine_kernel(const NormState s, const double* square) { finish(s, *square); }
 
+__global__ void __launch_bounds__(kThreads) from_sums_kernel(const NormState s, bool layerwise) {
+  MUP2_SHARED(Scratch, scratch);
+  for (int i = threadIdx.x; i < s.n_tensors; i += kThreads) contribute_from_sums(s, i, layerwise);
+  __syncthreads();
+  finish(s, ordered_block_sum(s.contribution, s.n_tensors, scratch));
+}
+
 template <int variant, class W, class G, class B>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant__ B batch, const double* coefficient) {
   constexpr int V = kVector<W>;
@@ -269,6 +276,8 @@ int cuda_norm(const NormBatch& batch, const NormState& state, Types types, Varia
 int cuda_combine(const NormState& state, const double* square, void* stream) {
   return launch(combine_kernel, 1, stream, state, square);
 }
+
+int cuda_from_sums(const NormState& state, bool layerwise, void* stream) { return launch(from_sums_kernel, 1, stream, state, layerwise); }
 
 int cuda_perturb(const PerturbBatch& batch, const double* coefficient, Types types, Variant variant, void* stream) {
   return with_types(types, [&](auto w, auto g) {

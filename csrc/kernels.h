@@ -19,8 +19,10 @@ extern const CpuKernels kCpuAvx2, kCpuAvx512;
 #endif
 
 // CUDA: asynchronous, on a cudaStream_t; return 0 or a cudaError_t. norm() finishes norm and coefficients by itself
-// when the last of all its state's tensors is done; combine() does it again from another square of the norm.
+// when the last of all its state's tensors is done; from_sums() does that once more from those in its state, which have been
+// added up over shards, and combine() from another square of the norm.
 int cuda_norm(const NormBatch&, const NormState&, Types, Variant, void* stream);
+int cuda_from_sums(const NormState&, bool layerwise, void* stream);
 int cuda_combine(const NormState&, const double* square, void* stream);
 int cuda_perturb(const PerturbBatch&, const double* coefficient, Types, Variant, void* stream);
 int cuda_update(const UpdateBatch<Sgd>&, const Control&, Types, void* stream);

@@ -270,9 +270,12 @@ template <class B> MUP2_FN Chunk locate(const B& batch, uint32_t chunk) {
 // ------------------------------------------------------------------------------------------------ norm and phases
 
 // Results of the norm, on the device. Per tensor: squared contribution (gradnorm_scaling ||T g||)², numerator rho T² and
-// coefficient c of the perturbation. partials: per chunk sum (T g)², after those of all chunks the sums of w² (layerwise).
+// coefficient c of the perturbation; and what they come from, sum (T g)² and (layerwise) sum w² in one row of sums, and the
+// radius. partials: per chunk sum (T g)², after those of all chunks the sums of w² (layerwise).
 struct NormState {
   double *partials, *contribution, *numerator, *coefficient;
+  double (*sums)[2];
+  Radius* radii;
   double* norm;        // [0] the joint norm, [1] its square
   int32_t* nonfinite;  // 1: perturb nothing, update nothing
   uint32_t* counters;  // blocks done, per tensor, and at [n_tensors] the tensors done; 0 between launches
@@ -318,8 +321,13 @@ MUP2_FN double ordered_sum(const double* x, int64_t n) {
 // One tensor's share, from its sums over chunks.
 MUP2_FN void contribute(const NormState& s, int tensor, const Radius& r, bool layerwise, double gradient, double weight) {
   const double T = layerwise ? root(weight) : 1;
+  s.sums[tensor][0] = gradient, s.sums[tensor][1] = weight, s.radii[tensor] = r;
   s.contribution[tensor] = r.gradnorm_scaling * r.gradnorm_scaling * gradient * T * T;
   s.numerator[tensor] = r.rho * T * T;
+}
+// Once more, from sums over all shards of it.
+MUP2_FN void contribute_from_sums(const NormState& s, int tensor, bool layerwise) {
+  contribute(s, tensor, s.radii[tensor], layerwise, s.sums[tensor][0], s.sums[tensor][1]);
 }
 MUP2_FN void finish_norm(const NormState& s, double square) {
   s.norm[0] = root(square);

@@ -10,9 +10,11 @@ torch.compile are in torch.ops.mup2.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import mup2_ref
@@ -70,12 +72,53 @@ class SAM(mup2_ref.SAM):
     def skipped_steps(self, value: int) -> None:
         self._skipped_before = value - self._plan.skipped()
 
-    def _climb(self) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._find_meshes()
+
+    def _find_meshes(self) -> None:
+        """(mesh, dimension) -> the parameters of which each process along it has a part. Only DTensors have meshes."""
+        self._meshes: dict[tuple[Any, int], set[Tensor]] = {}
+        self._indices: dict[tuple[Any, ...], Tensor] = {}
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            for dimension, placement in enumerate(getattr(p, "placements", ())):
+                parts = self._meshes.setdefault((p.device_mesh, dimension), set())
+                if not placement.is_replicate():
+                    parts.add(p)
+
+    def _reduce(self, process_group: Any, sums: Tensor, rows: list[int]) -> None:
+        """Add to each perturbed tensor's sums those of its other parts; NaN if one process of the group has one."""
+        perturbed = [p for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+        for (mesh, dimension), parts in self._meshes.items():
+            where = tuple(i for i, row in enumerate(rows) if perturbed[row] in parts)
+            if len(where) == len(rows):
+                dist.all_reduce(sums, group=mesh.get_group(dimension))
+            elif where:
+                key = (sums.device, *where)
+                if key not in self._indices:  # kept: copying it to a GPU waits, and cannot be captured in a graph
+                    self._indices[key] = torch.tensor(where, device=sums.device)
+                part = sums[self._indices[key]]
+                dist.all_reduce(part, group=mesh.get_group(dimension))
+                sums.index_copy_(0, self._indices[key], part)
+        if process_group is not None:
+            flag = sums.isfinite().all().logical_not().int()
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group)
+            sums.masked_fill_(flag.bool(), torch.nan)
+
+    def _share(self, flag: Tensor) -> None:
+        """Set the flag where another process with parts of these tensors has set it."""
+        for mesh, dimension in self._meshes:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+
+    def _climb(self, process_group: Any) -> None:
         self._copied_finite = None
+        if self._meshes:
+            self._place_gradients()
+        reduce = partial(self._reduce, process_group) if self._meshes or process_group is not None else None
         with self._restored_on_error():
-            fused = self._plan.climb(self)
-        if not fused:
-            super()._climb()  # which takes parameters that share memory, and says what is wrong with a gradient
+            fused = self._plan.climb(self, reduce)
+        if not fused:  # parameters share memory, or something is wrong with a gradient
+            super()._climb(process_group)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -84,8 +127,12 @@ class SAM(mup2_ref.SAM):
             self._backup = None
 
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        method = self._fused_method()
-        if not (method and self._plan.descend(self, method, self._create_state, scale, found_inf, self.skip_nonfinite)):
+        method, share = self._fused_method(), None
+        if self._meshes:
+            self._place_gradients()
+            share = self._share
+        arguments = (self._create_state, scale, found_inf, self.skip_nonfinite, share)
+        if not (method and self._plan.descend(self, method, *arguments)):
             super()._descend(scale, found_inf)
 
     def _fused_method(self) -> str | None:
@@ -118,6 +165,7 @@ class SAM(mup2_ref.SAM):
         if "base_optimizer" in state:  # a copy, not load_state_dict
             self._start()
         super().__setstate__(state)
+        self._find_meshes()
         for name in ("skipped_steps", "_finite"):  # properties here
             if name in self.__dict__:
                 setattr(self, name, self.__dict__.pop(name))

@@ -684,8 +684,8 @@ def test_an_interrupt_in_a_step_leaves_the_weights_restored(monkeypatch):
     """Python raises KeyboardInterrupt between two instructions: here, right after the compiled part."""
 
     class Interrupted(mup2_fused._C.Plan):
-        def climb(self, optimizer):
-            super().climb(optimizer)
+        def climb(self, *args):
+            super().climb(*args)
             raise KeyboardInterrupt
 
     params = [nn.Parameter(torch.randn(5))]

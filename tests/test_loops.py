@@ -1,6 +1,7 @@
 """Training loops: whatever happens between the passes, weights and statistics end as they should."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -254,9 +255,21 @@ def test_dropout_masks(SAM, same):
 # ------------------------------------------------------------------------------------------ two processes
 
 
+def run_processes(number, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes():
     """DistributedDataParallel on gloo: see two_processes.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(__file__).with_name("two_processes.py")
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes(2, "two_processes.py")
+
+
+def test_parameters_spread_over_processes(tmp_path):
+    """FSDP2, tensor parallelism, checkpoints of four processes read by three and by one: see sharded_processes.py."""
+    run_processes(4, "sharded_processes.py", "save", tmp_path)
+    for number in (3, 1):
+        run_processes(number, "sharded_processes.py", "load", tmp_path)

@@ -830,6 +830,19 @@ def test_grad_scaler(SAM, overflow_in):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+def test_only_a_first_step_at_lr_0_may_lack_its_first_half(SAM):
+    """So torch.distributed.checkpoint makes the state that it then loads."""
+    params = parameters()
+    opt = SAM(params, torch.optim.Adam, lr=0.0, rho=0.1)
+    before = snapshot(params)
+    quadratic(params).backward()
+    opt.step()
+    assert equal(params, before)
+    assert all("exp_avg" in opt.state[p] for p in params)
+    with pytest.raises(RuntimeError, match="nothing is perturbed"):
+        opt.step()
+
+
 def test_grad_scaler_with_a_closure_is_refused(SAM):
     params = parameters()
     opt = SAM(params, rho=0.1, lr=0.01)

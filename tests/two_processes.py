@@ -5,6 +5,7 @@ Prints nothing and ends with 0 if all assertions hold in both.
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -91,6 +92,32 @@ def check_m_sharpness(SAM):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+def check_not_finite_in_one(SAM):
+    """m-sharpness: a first gradient that is not finite in one process makes all skip, and weights stay the same."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(MLP(5, 16, 3))
+    opt = SAM(model.parameters(), lr=0.1, rho=0.2, momentum=0.9)
+    rank = dist.get_rank()
+    for step in range(4):
+        x, y = torch.randn(2, PER_RANK, 5), torch.randint(3, (2, PER_RANK))
+        before = [p.detach().clone() for p in model.parameters()]
+        opt.zero_grad()
+        accumulate(model, [(x[rank], y[rank])], synchronize=False)
+        broken = step in (1, 2)
+        if broken and rank == step - 1:
+            next(model.parameters()).grad[0, 0] = torch.inf
+        with opt.perturbed(dist.group.WORLD) if step == 1 else nullcontext():
+            if step != 1:
+                opt.first_step(zero_grad=True, process_group=dist.group.WORLD)
+            assert broken == all(map(torch.equal, model.parameters(), before))
+            opt.zero_grad()
+            accumulate(model, [(x[rank], y[rank])])
+        opt.second_step()
+        assert broken == all(map(torch.equal, model.parameters(), before))
+        assert same_everywhere(model.parameters())
+    assert opt.skipped_steps == 2
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -98,4 +125,5 @@ if __name__ == "__main__":
         for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
             check_synchronized(SAM, **ddp)
         check_m_sharpness(SAM)
+        check_not_finite_in_one(SAM)
     dist.destroy_process_group()

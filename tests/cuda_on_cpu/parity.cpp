@@ -49,7 +49,8 @@ struct Side {
   std::vector<Memory> memories;
   std::vector<Entry> entries;
   std::vector<float> steps;
-  std::vector<double> partials, contribution, numerator, coefficient, norm;
+  std::vector<double> partials, contribution, numerator, coefficient, norm, sums;
+  std::vector<Radius> radii;
   std::vector<uint32_t> counters;
   int32_t nonfinite = 0, none = 0;
   uint32_t counter = 0;
@@ -60,9 +61,9 @@ struct Side {
     for (const Entry& e : entries) chunks += chunks_of(e.numel);
     const size_t n = entries.size();
     partials.resize(chunks * (1 + layerwise)), contribution.resize(n), numerator.resize(n), coefficient.resize(n);
-    norm.resize(2), counters.resize(n + 1);
-    return {partials.data(), contribution.data(), numerator.data(), coefficient.data(), norm.data(), &nonfinite,
-            counters.data(), int32_t(n), chunks};
+    norm.resize(2), counters.resize(n + 1), sums.resize(2 * n), radii.resize(n);
+    return {partials.data(), contribution.data(), numerator.data(), coefficient.data(), (double(*)[2])sums.data(),
+            radii.data(), norm.data(), &nonfinite, counters.data(), int32_t(n), chunks};
   }
 };
 
@@ -112,7 +113,7 @@ void compare(const Case& c, Side& a, Side& b, const char* after) {
     expect(a.memories[i].bytes == b.memories[i].bytes, c, what.c_str());
   }
   expect(same(a.partials, b.partials), c, "partial sums");
-  expect(same(a.contribution, b.contribution) && same(a.norm, b.norm), c, "norm");
+  expect(same(a.contribution, b.contribution) && same(a.norm, b.norm) && same(a.sums, b.sums), c, "norm");
   expect(same(a.coefficient, b.coefficient), c, "coefficient");
   expect(same(a.steps, b.steps), c, "step count");
   expect(a.nonfinite == b.nonfinite && a.skipped == b.skipped, c, "flag or count of skipped steps");
@@ -182,6 +183,11 @@ void run(const Case& c) {
   finish_all(a, square);
   cuda_combine(b, &square, nullptr);
   compare(c, cpu_side, cuda_side, "combine");
+  for (Side* side : {&cpu_side, &cuda_side})
+    for (double& sum : side->sums) sum *= 3;  // three shards
+  finish_from_sums(a, c.variant == kLayerwise);
+  cuda_from_sums(b, c.variant == kLayerwise, nullptr);
+  compare(c, cpu_side, cuda_side, "from sums");
 }
 
 }  // namespace
