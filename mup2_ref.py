@@ -607,6 +607,8 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex."""
+        if "_backup" not in vars(self):  # Lightning's wrapper is a SAM too, but the backup would be its own
+            raise RuntimeError("this wraps the optimizer: call step(closure), or first_step() on the optimizer itself")
         self._require_restored("the next first_step()")
         self._climb()
         if zero_grad:
