@@ -617,6 +617,8 @@ class SAM(torch.optim.Optimizer):
         process_group: of processes that climb by gradients of their own (m-sharpness), such as torch.distributed.group.
         WORLD. If the gradient is not finite in one of them, none climbs or updates, or their weights would part.
         """
+        if "_backup" not in vars(self):  # Lightning's wrapper is a SAM too, but the backup would be its own
+            raise RuntimeError("this wraps the optimizer: call step(closure), or first_step() on the optimizer itself")
         self._require_restored("the next first_step()")
         self._climb(process_group)
         if zero_grad:

@@ -1,0 +1,86 @@
+"""Run by tests/test_frameworks.py under torch.distributed.run: the README's recipes in two processes, against one.
+
+Prints nothing and ends with 0 if all assertions hold in both.
+"""
+
+import torch
+import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
+import torch.distributed as dist
+from test_frameworks import ACCELERATE, EPOCHS, LIT, PIECES, execute, fresh_accelerator, names, trainer, weights
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from two_processes import same_everywhere
+
+import mup2_fused
+import mup2_ref
+
+BATCH = 40  # in one process; half of it in each of two
+
+
+def problem():
+    """In float64, where two halves are the whole up to rounding, and whose samples are the halves' in turn."""
+    space = names()
+    space["model"].double()
+    x, y = space["loader"].dataset.tensors
+    space["samples"] = TensorDataset(x.repeat(2, 1).double(), y.repeat(2).roll(1))
+    return space
+
+
+def expected(epochs, steps, T_max, clip):
+    """The plain loop in this process, on the joined batches; steps of the scheduler: after each epoch, or batch."""
+    space = problem()
+    model, opt = space["model"], space["opt"]
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max)
+    for _ in range(epochs):
+        for x, y in DataLoader(space["samples"], BATCH):
+
+            def closure():
+                opt.zero_grad()
+                space["loss_function"](model(x), y).backward()
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+            opt.step(closure)
+            for _ in range(steps.get("batch", 0)):
+                scheduler.step()
+        for _ in range(steps.get("epoch", 0)):
+            scheduler.step()
+    return weights(space)
+
+
+def check(space, reference):
+    assert same_everywhere(space["model"].parameters())
+    assert not torch.equal(reference[0], weights(problem())[0])
+    for p, q in zip(weights(space), reference, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def check_lightning(kind, pieces, clip):
+    """Samples go to the processes in turn; Lightning's own sampler would shuffle them."""
+    space = problem()
+    loader = DataLoader(space["samples"], BATCH // 2, sampler=DistributedSampler(space["samples"], shuffle=False))
+    execute(LIT.partition("lightning.Trainer(")[0] + PIECES.replace("split(32)", f"split({pieces})"), space)
+    lit = space[kind](space["model"], space["groups"])
+    trainer(devices=2, strategy="ddp", use_distributed_sampler=False).fit(lit, loader)
+    assert lit.trainer.world_size == 2 and lit.trainer.global_step == EPOCHS * 2
+    check(space, expected(EPOCHS, {"epoch": 1}, EPOCHS, clip))
+
+
+def check_accelerate():
+    """Accelerate deals batches to processes in turn; its scheduler steps once per process."""
+    fresh_accelerator()
+    space = problem()
+    space["loader"] = DataLoader(space["samples"], BATCH // 2)
+    execute(ACCELERATE.replace("Accelerator()", "Accelerator(cpu=True)"), space)
+    assert space["accelerator"].num_processes == 2 and hasattr(space["model"], "no_sync")
+    check(space, expected(1, {"batch": 2}, 4, clip=True))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for SAM in (mup2_ref.SAM, mup2_fused.SAM):
+        mup2_ref.SAM = SAM  # which the recipes use
+        check_lightning("Lit", pieces=32, clip=False)
+        check_lightning("LitPieces", pieces=8, clip=True)
+        check_accelerate()
+    dist.destroy_process_group()
