@@ -810,6 +810,46 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer  # where a module assigns instead of changing in place
 
 
+class Seen(NamedTuple):
+    """What rounding leaves of a perturbation."""
+
+    norm: float  # of the perturbation that is left, over the norm of the intended one
+    cosine: float  # between the two
+
+
+@torch.no_grad()
+def seen_perturbation(optimizer: SAM, dtype: torch.dtype | None = None) -> tuple[Seen, list[Seen]]:
+    """What the forward pass at w + e sees of e: of all tensors together, and of each perturbed one in their order.
+
+    Call it after a backward at w, whose gradients it uses and keeps. dtype: of autocast, to which the forward rounds
+    weights (taken here to be all; it leaves normalization and embeddings alone); None: only the weights' own.
+
+    (1, 1) is all of it. Weights in 16 bits do not move where e is below their last digit; with float32 weights under
+    autocast, w and w + e are rounded each, and what is seen is e plus the noise of both. Where the cosine is small,
+    SAM climbs in a direction that is mostly noise: keep float32 weights, and take autocast to float16 or none.
+    Raises RuntimeError if there are no gradients or weights are perturbed already. For plain tensors, not DTensors.
+    """
+    perturbed = [(p, g) for g in optimizer.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+    if not perturbed:
+        raise RuntimeError("there are no gradients: call this after a backward at w")
+    before = [p.clone() for p, _ in perturbed]
+    norm = joint_norm([(p, p.grad, g["gradnorm_scaling"]) for p, g in perturbed], optimizer.variant) + optimizer.EPS
+    sums = []  # of each tensor: <seen, seen>, <seen, intended>, <intended, intended>
+    with optimizer.perturbed():
+        for (p, group), w in zip(perturbed, before):
+            rho = -group["rho"] if group.get("maximize") else group["rho"]
+            intended = normalizer(w.double(), optimizer.variant) ** 2 * p.grad.double() * (rho / norm).to(p.device)
+            seen = p.to(dtype or p.dtype).double() - w.to(dtype or p.dtype).double()
+            sums.append(torch.stack([(x * y).sum() for x, y in ((seen, seen), (seen, intended), (intended, intended))]))
+    optimizer.restore()  # nothing is perturbed, and no update may follow
+
+    def summary(s: Tensor) -> Seen:
+        ss, si, ii = s.tolist()
+        return Seen(math.sqrt(ss / ii) if ii else math.nan, si / math.sqrt(ss * ii) if ss and ii else math.nan)
+
+    return summary(sum(s.cpu() for s in sums)), [summary(s) for s in sums]
+
+
 def accumulate(
     model: nn.Module,
     micro_batches: Iterable[tuple[Tensor, Tensor]],

@@ -2,15 +2,18 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from mup2_ref import MLP, accumulate, frozen_buffers
+import mup2_ref
+from mup2_ref import MLP, accumulate, frozen_buffers, seen_perturbation
 
 
 def problem(seed=0, **kwargs):
@@ -273,3 +276,173 @@ def test_parameters_spread_over_processes(tmp_path):
     run_processes(4, "sharded_processes.py", "save", tmp_path)
     for number in (3, 1):
         run_processes(number, "sharded_processes.py", "load", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ mixed precision
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+(MIXED_PRECISION,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "autocast(" in code)
+MAKE_SCALER, ONE_STEP = MIXED_PRECISION.split("\n\n\n", 1)
+
+
+def mixed_precision(model, opt, x, y, scale):
+    """Names for the README's recipe, whose scaler starts at scale."""
+    names = dict(torch=torch, device="cpu", model=model, opt=opt, x=x, y=y, loss_function=nn.functional.cross_entropy)
+    exec(MAKE_SCALER, names)
+    names["scaler"] = torch.amp.GradScaler("cpu", init_scale=scale)
+    return names
+
+
+def test_mixed_precision_with_clipping_is_sam_with_clipping(SAM):
+    """In float64, which autocast leaves alone: the recipe against the equations, with clipping at every step."""
+    model, x, y = problem()
+    model, x = model.double(), 100 * x.double()
+    other = copy.deepcopy(model)
+    opt = SAM(model.parameters(), lr=0.1, rho=0.2)
+    names = mixed_precision(model, opt, x, y, 2.0**10)
+    params = list(other.parameters())
+    for _ in range(4):
+        exec(ONE_STEP, names)
+        backward(other, x, y)
+        norm = sum(p.grad.square().sum() for p in params).sqrt()
+        e = [0.2 * p.grad / norm for p in params]
+        with torch.no_grad():
+            [p.add_(v) for p, v in zip(params, e)]
+        backward(other, x, y)
+        norm = sum(p.grad.square().sum() for p in params).sqrt()
+        assert norm > 1
+        with torch.no_grad():
+            [p.sub_(v + 0.1 * p.grad / norm) for p, v in zip(params, e)]
+    for p, q in zip(model.parameters(), params):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # the scaler and clipping divide with float32 numbers
+
+
+@pytest.mark.parametrize("base, kwargs", [(torch.optim.SGD, dict(momentum=0.9)), (torch.optim.AdamW, {})])
+def test_training_in_float16_from_a_scale_that_overflows(SAM, base, kwargs):
+    """Overflowing steps change nothing but the scale; then it trains, like the reference."""
+    runs = []
+    for kind in (SAM, mup2_ref.SAM):
+        model, x, y = problem()
+        opt = kind(model.parameters(), base, lr=0.05, rho=0.05, **kwargs)
+        names = mixed_precision(model, opt, x, y, 2.0**26)
+        first = nn.functional.cross_entropy(model(x), y)
+        exec(ONE_STEP, names)
+        assert (
+            names["scaler"].get_scale() == 2.0**25
+            and opt.skipped_steps == 1
+            and equal(weights(model), problem()[0].parameters())
+        )
+        assert not any(value.any() for state in opt.state.values() for value in state.values())
+        for _ in range(60):
+            exec(ONE_STEP, names)
+        before, state = weights(model), copy.deepcopy(opt.state_dict()["state"])
+        model.layers[0].weight.register_hook(lambda g: g * torch.inf)
+        exec(ONE_STEP, names)
+        assert equal(weights(model), before)
+        after = opt.state_dict()["state"]
+        assert all(torch.equal(after[i][key], state[i][key]) for i in state for key in state[i])
+        assert 2 <= opt.skipped_steps < 30 and nn.functional.cross_entropy(model(x), y) < 0.6 * first
+        runs.append(before)
+    for p, q in zip(*runs):
+        torch.testing.assert_close(
+            p, q, **(dict(rtol=0, atol=0) if base is torch.optim.SGD else dict(rtol=1e-4, atol=1e-5))
+        )
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_an_overflow_in_one_pass_of_float16(SAM, where):
+    model, x, y = problem()
+    opt = SAM(model.parameters(), torch.optim.AdamW, lr=0.05, rho=0.05)
+    names = mixed_precision(model, opt, x, y, 2.0**8)
+    exec(ONE_STEP, names)
+    before, passes = weights(model), []
+    state = copy.deepcopy(opt.state_dict()["state"])
+
+    def overflow(g):
+        passes.append(g)
+        return g * torch.inf if len(passes) == where else g
+
+    model.layers[1].weight.register_hook(overflow)
+    exec(ONE_STEP, names)
+    assert equal(weights(model), before) and opt.skipped_steps == 1 and len(passes) == 2
+    assert names["scaler"].get_scale() == (2.0**8 if where == 1 else 2.0**7)  # the second pass was not at fault
+    after = opt.state_dict()["state"]
+    assert all(torch.equal(after[i][key], state[i][key]) for i in state for key in state[i])
+    exec(ONE_STEP, names)
+    assert not equal(weights(model), before)
+
+
+@pytest.mark.parametrize("base, kwargs", [(torch.optim.SGD, dict(momentum=0.9)), (torch.optim.AdamW, {})])
+def test_training_in_bfloat16_without_scaler(SAM, base, kwargs):
+    runs = []
+    for kind in (SAM, mup2_ref.SAM):
+        model, x, y = problem()
+        opt = kind(model.parameters(), base, lr=0.05, rho=0.05, **kwargs)
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+        losses = [mup2_ref.train_epoch(model, opt, [(x, y)], autocast=autocast) for _ in range(60)]
+        assert losses[-1] < 0.6 * losses[0] and opt.skipped_steps == 0
+        runs.append(weights(model))
+    for p, q in zip(*runs):
+        torch.testing.assert_close(
+            p, q, **(dict(rtol=0, atol=0) if base is torch.optim.SGD else dict(rtol=1e-4, atol=1e-5))
+        )
+
+
+# ------------------------------------------------------------------------------------------ what rounding leaves
+
+
+def rounding_table():
+    """The README's table: (weights, autocast) -> (norm, cosine) as printed."""
+    rows = re.findall(r"^\| (float\w+|bfloat16) \| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    return {(w, autocast): numbers for w, autocast, *numbers in rows}
+
+
+@pytest.mark.parametrize("kind, autocast", rounding_table())
+def test_what_rounding_leaves_of_a_perturbation(SAM, kind, autocast):
+    w = nn.Parameter((0.02 * torch.randn(11_000_000)).to(getattr(torch, kind)))
+    w.grad = torch.randn_like(w)
+    opt = SAM([w], lr=0.1, rho=0.05)
+    total, (only,) = seen_perturbation(opt, getattr(torch, autocast, None))
+    assert total == only
+    assert [f"{total.norm:.2f}", f"{total.cosine:.2f}"] == rounding_table()[kind, autocast]
+    if (kind, autocast) == ("float32", "none"):
+        assert total == pytest.approx((1, 1), abs=1e-6)
+
+
+def test_the_table_has_all_cases():
+    assert len(rounding_table()) == 5
+
+
+@pytest.mark.parametrize("variant", ["sam", "elementwise", "layerwise"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_seen_perturbation_of_several_tensors(SAM, variant, maximize):
+    """Against a loop in float64; nothing changes, and a step may follow."""
+    model, x, y = problem()
+    first, *rest = model.parameters()
+    groups = [{"params": [first], "rho": 0.03, "gradnorm_scaling": 2.0}, {"params": rest[:1], "perturb": False}]
+    opt = SAM([*groups, {"params": rest[1:]}], lr=0.1, rho=0.01, variant=variant, maximize=maximize)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        seen_perturbation(opt)
+    backward(model, x, y)
+    before, gradients = weights(model), [p.grad.clone() for p in model.parameters()]
+    total, each = seen_perturbation(opt, torch.bfloat16)
+    assert equal(weights(model), before) and equal([p.grad for p in model.parameters()], gradients)
+    with pytest.raises(RuntimeError, match="nothing is perturbed"):
+        opt.step()
+    opt.first_step()
+    with pytest.raises(RuntimeError, match="weights are perturbed"):
+        seen_perturbation(opt)
+    climbed = weights(model)
+    backward(model, x, y)
+    opt.second_step()
+
+    expected, sums = [], torch.zeros(3).double()
+    for w, v in ((before[0], climbed[0]), (before[2], climbed[2])):
+        seen, intended = v.bfloat16().double() - w.bfloat16().double(), v.double() - w.double()
+        inner = torch.stack([(seen * seen).sum(), (seen * intended).sum(), (intended * intended).sum()])
+        sums += inner
+        expected.append(inner)
+    for (norm, cosine), (ss, si, ii) in zip([*each, total], [*expected, sums]):
+        assert norm == pytest.approx(float((ss / ii) ** 0.5), rel=1e-4)
+        assert cosine == pytest.approx(float(si / (ss * ii) ** 0.5), rel=1e-4)
+    assert 0.3 < total.cosine < 0.999

@@ -66,7 +66,8 @@ def test_recipe_for_passes_runs(kind):
     micro_batches = [(torch.randn(4, 5), torch.randint(3, (4,))) for _ in range(3)]
     loss_function = torch.nn.functional.cross_entropy
     before = model[0].weight.detach().clone()
-    exec(recipe, dict(mup2=mup2_ref, opt=opt, model=model, micro_batches=micro_batches, loss_function=loss_function))
+    names = dict(torch=torch, mup2=mup2_ref, opt=opt, model=model)
+    exec(recipe, names | dict(micro_batches=micro_batches, loss_function=loss_function))
     assert not torch.equal(before, model[0].weight) and opt.skipped_steps == 0
     assert model[1].num_batches_tracked == 3 * 2 + 3  # both passes of the first step, one of the second
 
