@@ -610,6 +610,7 @@ class SAM(torch.optim.Optimizer):
         if self._backup:
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {what}")
 
+    @torch.compiler.disable
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
         """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
@@ -675,6 +676,7 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def restore(self) -> None:
         """Put every perturbed weight back, bit for bit; nothing happens if none is."""
@@ -682,6 +684,7 @@ class SAM(torch.optim.Optimizer):
             w.copy_(backup)
         self._backup = None
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One SAM step. closure: zero_grad, forward, backward, return loss; it runs twice, the first loss is returned.

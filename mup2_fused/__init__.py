@@ -28,7 +28,7 @@ except ImportError as error:
         "`pip install --no-build-isolation .`; mup2_ref.SAM needs no compiler."
     ) from error
 
-__all__ = ["SAM"]
+__all__ = ["SAM", "capture"]
 
 built_with_cuda: bool = _C.cuda
 instruction_set: str = _C.instruction_set  # of the CPU kernels; MUP2_CPU=baseline, avx2 or avx512 chooses
@@ -50,6 +50,7 @@ class SAM(mup2_ref.SAM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._start()
         super().__init__(*args, **kwargs)
+        self._copied_finite = None
 
     def _start(self) -> None:
         self._plan = _C.Plan()
@@ -120,6 +121,7 @@ class SAM(mup2_ref.SAM):
         if not fused:  # parameters share memory, or something is wrong with a gradient
             super()._climb(process_group)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def restore(self) -> None:
         if self._backup is not None:
@@ -180,3 +182,6 @@ def _(w: list[Tensor], g: list[Tensor], rho: list[float], gradnorm_scaling: list
 
 for _name in ("perturb_", "restore_", "sgd_", "adam_"):
     torch.library.register_fake(f"mup2::{_name}", lambda *args, **kwargs: None)
+
+
+from mup2_fused.graph import capture  # which needs SAM
