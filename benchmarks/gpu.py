@@ -53,13 +53,12 @@ def stages(architecture: str) -> list[Stage]:
     quiet = ["--report-api-errors", "no"]  # torch asks for functions that a driver may lack
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # bounds of tensors, not of torch's blocks
     build = {"MUP2_CUDA": "1", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)}
+    tests = ["tests/test_fused.py", "tests/test_graph.py"]
     models = ["resnet18", "vit-b16", "mlp-4096", "vit-s16", "resnet18-w4", "mlp-tiny"]  # those to compile come first
     timing = ["--device", "cuda", "--rounds", "15", "--compile-seconds", "40", "--models", *models]
     return [
         Stage("build", [*python, "setup.py", "build_ext", "--inplace"], 150, env=build),
-        Stage(
-            "tests", [*python, "-m", "pytest", "-q", "-m", "cuda", "tests/test_fused.py"], 60, ("pytest", "hypothesis")
-        ),
+        Stage("tests", [*python, "-m", "pytest", "-q", "-m", "cuda", *tests], 60, ("pytest", "hypothesis")),
         Stage("verify", [*python, "-m", "mup2_fused.verify", "--device", "cuda"], 35),
         Stage("memcheck", [*check, "memcheck", *quiet, *me, "--small-case"], 45, (tool,), uncached),
         Stage("racecheck", [*check, "racecheck", *me, "--small-case"], 45, (tool,)),
