@@ -626,7 +626,7 @@ def modified(path):
 def wait_for_moment(moment, checkpoint, process, rng, epoch_seconds):
     """Until a random time within the next epochs, or in or just after the writing of the checkpoint after the next."""
     if moment == "any time":
-        time.sleep(rng.uniform(0, 2 * epoch_seconds))
+        time.sleep(rng.uniform(0, 3 * epoch_seconds))
         return
     written, temporary = modified(checkpoint), checkpoint.with_name("checkpoint.pt.tmp")
     wait_for(lambda: modified(checkpoint) > written, process)
