@@ -46,7 +46,7 @@ PARAMETERIZATIONS = {  # b and c of Table D.1, by role
 }
 PERTURBATIONS = ("naive", "global", "effective", "balanced", "first-layer")
 VARIANTS = ("sam", "elementwise", "layerwise")
-Triple = tuple[float, float, float]  # (input, hidden, output)
+Triple = tuple[float, ...]  # (input, hidden, output)
 
 
 class Exponents(NamedTuple):
@@ -195,9 +195,7 @@ def _fans(module: nn.Module, shape: torch.Size, width_dims: list[int]) -> tuple[
     return None  # a matrix that some forward() multiplies with, we cannot know from which side
 
 
-def _describe(
-    name: str, p: Tensor, shape0: torch.Size, module: nn.Module, module0: nn.Module | None, word: str | None
-) -> _Tensor:
+def _describe(name: str, p: nn.Parameter, shape0: torch.Size, module: Any, module0: Any, word: str | None) -> _Tensor:
     """Role and fans, from the module's type and the dimensions that differ, or from the user's word.
 
     module0: of the base model; None if only shapes are known (mup); there a raw matrix means what it means to mup.
@@ -208,7 +206,7 @@ def _describe(
     if module0 is None and p.ndim > 1 and getattr(module, "transposed", False) and module.groups > 1:
         fans = None  # as its groups at the base width are not known
     elif module0 is None and fans is None and p.ndim == 2:
-        word = word or ("input", "hidden")[sum(dim.isinf() for dim in p.infshape) - 1]
+        word = word or ("input", "hidden")[sum(dim.isinf() for dim in p.infshape) - 1]  # type: ignore[attr-defined]
     if word not in (None, *ROLES, "finite") or (fans is None and word is None) or (word == "hidden" and p.ndim < 2):
         raise ValueError(
             f"cannot tell the role of '{name}' (shape {tuple(p.shape)}, base {tuple(shape0)}, in "
@@ -216,7 +214,7 @@ def _describe(
             "(fan_in does not grow with the width), 'hidden' (shape (fan_out, fan_in), both grow), 'output' (fan_out "
             "does not grow) or 'finite'."
         )
-    fan_out, fan_in = (fans[0] / fans0[0], fans[1] / fans0[1]) if fans else (ratios[0], math.prod(ratios[1:]))
+    fan_out, fan_in = (fans[0] / fans0[0], fans[1] / fans0[1]) if fans and fans0 else (ratios[0], math.prod(ratios[1:]))
     if word in ("input", "output", "finite"):  # what grows, grows on the side that the word names
         grown_out, grown_in = (fan_out, fan_in) if word == "input" else (fan_in, fan_out)
         grown = grown_out if grown_out != 1 else grown_in
@@ -233,7 +231,7 @@ def _describe(
                 f"'{name}' divides its input by {module.width_mult():g} (mup.set_base_shapes), but grows by {fan_in:g} "
                 "from base_model: call set_base_shapes on both with the same base, or leave base_model out"
             )
-    return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn else None, divisor)
+    return _Tensor(p, module, role, fan_out, fan_in, fans0[1] if drawn and fans0 else None, divisor)
 
 
 def _base_shapes(model: nn.Module, base_model: nn.Module | None) -> dict[str, torch.Size]:
@@ -717,8 +715,10 @@ class SAM(torch.optim.Optimizer):
     def _random_states(self) -> list[tuple[Callable[[Tensor], None], Tensor]]:
         """(setter, state) of the random number generators of the CPU and of the parameters' GPUs."""
         gpus = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
-        states = [(torch.set_rng_state, torch.get_rng_state())]
-        return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus]
+        return [
+            (torch.set_rng_state, torch.get_rng_state()),
+            *((partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus),
+        ]
 
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore, undo the scale of the loss, and update unless a gradient is not finite."""
@@ -875,7 +875,7 @@ def accumulate(
     if not micro_batches:
         raise ValueError("no micro-batches, or only empty ones")
     samples = sum(len(y) for _, y in micro_batches)
-    total: Tensor | float = 0.0
+    total: Any = 0.0
     for i, (x, y) in enumerate(micro_batches, 1):
         exchanged = synchronize and i == len(micro_batches)
         with nullcontext() if exchanged else getattr(model, "no_sync", nullcontext)():

@@ -10,8 +10,12 @@ torch.compile are in torch.ops.mup2.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from functools import partial
 from typing import Any
+=======
+from typing import TYPE_CHECKING, Any
+>>>>>>> helper-b
 
 import torch
 import torch.distributed as dist
@@ -47,10 +51,18 @@ class SAM(mup2_ref.SAM):
     step to step: one copy of the perturbed weights.
     """
 
+<<<<<<< HEAD
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._start()
         super().__init__(*args, **kwargs)
         self._copied_finite = None
+=======
+    if not TYPE_CHECKING:  # for which it has the reference's arguments
+
+        def __init__(self, *args, **kwargs):
+            self._start()
+            super().__init__(*args, **kwargs)
+>>>>>>> helper-b
 
     def _start(self) -> None:
         self._plan = _C.Plan()
@@ -175,7 +187,9 @@ class SAM(mup2_ref.SAM):
 
 # What torch.compile needs to know of the operators: shapes of results; the others change their arguments only.
 @torch.library.register_fake("mup2::joint_norm")
-def _(w: list[Tensor], g: list[Tensor], rho: list[float], gradnorm_scaling: list[float], variant: str):
+def _(
+    w: list[Tensor], g: list[Tensor], rho: list[float], gradnorm_scaling: list[float], variant: str
+) -> tuple[Tensor, ...]:
     each = w[0].new_empty(len(w), dtype=torch.float64)
     return each.new_empty(()), each, torch.empty_like(each), w[0].new_empty(1, dtype=torch.int32)
 

@@ -194,7 +194,7 @@ def measure(model: nn.Module, loss: Loss, opt: mup2_ref.SAM, roles: dict[str, st
     closure()
     group_of = {p: g for g in opt.param_groups for p in g["params"]}
     perturbed = {n: p for n, p in params.items() if p.grad is not None and group_of.get(p, {}).get("perturb")}
-    parts = {n: [(p, p.grad, group_of[p]["gradnorm_scaling"])] for n, p in perturbed.items()}
+    parts: dict[str, list[Any]] = {n: [(p, p.grad, group_of[p]["gradnorm_scaling"])] for n, p in perturbed.items()}
     norm = mup2_ref.joint_norm([x for part in parts.values() for x in part], opt.variant)
     share = {n: (mup2_ref.joint_norm(part, opt.variant) / norm).item() for n, part in parts.items()}
     before = weights()
@@ -215,7 +215,7 @@ def measure(model: nn.Module, loss: Loss, opt: mup2_ref.SAM, roles: dict[str, st
         if name in perturbed:
             values[name]["perturbation"] = effect(model, name, roles[name], climbed[name], climbed_inputs)
             values[name]["norm share"] = share[name]
-    moves = {"update": after_output, "perturbation": climbed_output}
+    moves: dict[str, Any] = {"update": after_output, "perturbation": climbed_output}
     values[WHOLE] = {} if output is None else {q: _rms(moved - output) for q, moved in moves.items()}
     return values
 
@@ -315,7 +315,7 @@ def check(
     widths = sorted(set(widths))
     if len(widths) < 2 or seeds < 1:
         raise ValueError(f"an exponent takes at least two widths and one seed, not {widths} and {seeds}")
-    options = dict(roles=roles, base_optimizer=base_optimizer, variant=variant)
+    options: dict[str, Any] = dict(roles=roles, base_optimizer=base_optimizer, variant=variant)
     own_init = own_init or groups is not None
     lr = lr or {"sgd": 0.05, "adam": 0.001}[base_optimizer]
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}[base_optimizer]
@@ -368,7 +368,7 @@ def check(
             model, loss or random_data(model, input_shape, vocabulary, batch, seed), opt, role_of, steps
         )
     rows = [
-        _row(name, widths, seeds, measured, *(d.get(name) for d in described), role_of.get(name))
+        _row(name, widths, seeds, measured, described[0].get(name), described[1].get(name), role_of.get(name, ""))
         for name in measured[sides[-1], 0, widths[-1]]
     ]
     if not any(row.values["update"] for row in rows if row.name != WHOLE):
@@ -417,10 +417,12 @@ def _slopes(widths: list[int], y: Tensor) -> Tensor:
     return y.log() @ x / x.square().sum()
 
 
-def _row(name: str, widths: list[int], seeds: int, measured: dict, narrow: Any, wide: Any, role: str | None) -> Row:
+def _row(name: str, widths: list[int], seeds: int, measured: dict, narrow: Any, wide: Any, role: str) -> Row:
     """Slopes of one parameter (narrow and wide: its description), in own groups if there are any, then compared."""
     compared = any(own for own, *_ in measured)
-    slopes, values, advice = {}, {}, {}
+    slopes: dict[str, Slope] = {}
+    values: dict[str, list[float]] = {}
+    advice: dict[str, str] = {}
     for quantity in QUANTITIES:
         y, y0 = (
             torch.tensor(
@@ -531,7 +533,7 @@ def _notes(rows: list[Row], own: dict[int, Settings], widths: list[int]) -> list
 
 def text(report: Report) -> str:
     """The table, and below it what to change."""
-    lines = [("parameter", "shape", "role", *QUANTITIES, "")]
+    lines: list[tuple[str, ...]] = [("parameter", "shape", "role", *QUANTITIES, "")]
     for r in report.rows:
         if r.wrong or r.unclear:
             verdict = ", ".join([f"{q} wrong" for q in r.wrong] + [f"{q} unclear" for q in r.unclear])

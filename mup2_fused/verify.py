@@ -21,7 +21,7 @@ import argparse
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,16 +65,15 @@ class Odd(nn.Module):
 
 def smooth(model: nn.Module) -> Tensor:
     """A loss for models without data: its gradient depends on the weights, so that the two passes differ."""
-    return sum((p.sin() + 0.1 * (p - 0.3) ** 2).sum() for p in model.parameters())
+    return sum((p.sin() + 0.1 * (p - 0.3) ** 2).sum() for p in model.parameters())  # type: ignore[return-value]
 
 
-def error_and_bound(
-    fused: list[Tensor], reference: list[Tensor], exact: list[Tensor], steps: int = 1
-) -> tuple[float, float]:
-    """Worst error against float64 and twice the reference's plus an ulp; (0, 0) where fused and reference are equal.
+def error_and_bound(results: Iterable[list[Tensor]], steps: int = 1) -> tuple[float, float]:
+    """Of fused, reference and float64: worst error and twice the reference's plus an ulp; (0, 0) where those two agree.
 
     A float64 reference is its own truth and has no error to compare with: there, two ulps per step.
     """
+    fused, reference, exact = results
     if all(torch.equal(a, b) for a, b in zip(fused, reference)):
         return 0.0, 0.0
     error, bound = 0.0, 0.0
@@ -92,7 +91,7 @@ class Side(NamedTuple):
 
     model: nn.Module
     params: list[nn.Parameter]
-    opt: mup2_ref.SAM
+    opt: Any  # SAM, of either kind
     loss: Loss
 
     def backward(self) -> None:
@@ -160,7 +159,7 @@ def verify(model: nn.Module, loss: Loss, variant: str, base: str, rho: float = 0
     norm = torch.tensor(fused.opt._plan.norms()[0], dtype=torch.float64)
     error = abs(norm.item() / norms[1].item() - 1)
     yield Row("norm", variant, base, error, 2 * abs(norms[0].item() / norms[1].item() - 1) + 1e-12)
-    yield Row("perturbation", variant, base, *error_and_bound(*(s.weights() for s in three)))
+    yield Row("perturbation", variant, base, *error_and_bound(s.weights() for s in three))
 
     fused.opt.restore()
     bits = [[t.reshape(-1).contiguous().view(torch.uint8) for t in tensors] for tensors in (fused.weights(), before)]
@@ -171,7 +170,7 @@ def verify(model: nn.Module, loss: Loss, variant: str, base: str, rho: float = 0
     fused.opt.first_step()
     for side in three:
         side.opt.second_step()
-    yield Row("update", variant, base, *error_and_bound(*(s.results() for s in three)))
+    yield Row("update", variant, base, *error_and_bound(s.results() for s in three))
 
     for _ in range(STEPS - 1):
         for side in three:
@@ -179,7 +178,7 @@ def verify(model: nn.Module, loss: Loss, variant: str, base: str, rho: float = 0
             side.opt.first_step()
             side.backward()
             side.opt.second_step()
-    yield Row(f"{STEPS} steps", variant, base, *error_and_bound(*(s.results() for s in three), STEPS))
+    yield Row(f"{STEPS} steps", variant, base, *error_and_bound((s.results() for s in three), STEPS))
 
 
 def table(rows: list[Row]) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -607,33 +608,85 @@ def start(command, **options):
 def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
 
 
-def test_resumed_after_sigkill_bit_for_bit(tmp_path, capsys):
-    """With augmentation in a worker process, momentum and batch norm."""
-    store(tmp_path, "cifar10", "binary", cifar_files("cifar10", "binary", 16))
-    flags = ["--preset", "resnet18-cifar10", *TINY_RESNET, "--epochs", "4", "--batch-size", "5", "--workers", "1"]
-    flags += ["--root", str(tmp_path), "--device", "cpu", "--lr", "0.01", "--out"]
-    out = tmp_path / "killed"
-    process = start([EXPERIMENTS / "vision.py", *flags, out])
-    wait_for(lambda: any(len(metrics(path.parent)) >= 2 for path in out.glob("*/metrics.csv")), process)
-    assert vision.main([*flags, str(out)]) == 2  # the lock
-    assert "another process is busy with" in capsys.readouterr().err
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    folder = only_folder(out)
-    assert not (folder / "result.json").exists(), "it was too fast for this test"
-    first = metrics(folder, ())
-    assert vision.main([*flags, str(out)]) == 0
-    assert metrics(folder, ())[: len(first)] == first, "it started again"
+KILLS = int(os.environ.get("MUP2_KILLS", "2"))
+
+
+def modified(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_moment(moment, checkpoint, process, rng, epoch_seconds):
+    """Until a random time within the next epochs, or in or just after the writing of the checkpoint after the next."""
+    if moment == "any time":
+        time.sleep(rng.uniform(0, 3 * epoch_seconds))
+        return
+    written, temporary = modified(checkpoint), checkpoint.with_name("checkpoint.pt.tmp")
+    wait_for(lambda: modified(checkpoint) > written, process)
+    end, before = time.monotonic() + 60, modified(temporary)
+    while modified(temporary) == before:  # the one of an earlier life may lie there
+        assert process.poll() is None and time.monotonic() < end, "no checkpoint"
+    time.sleep(rng.uniform(0, 0.008))
+
+
+@pytest.mark.parametrize("kind, workers", [("fused", 1), ("reference", 0)])
+def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, kind, workers):
+    """With augmentation, momentum and batch norm; once by Ctrl-C. MUP2_KILLS=20 kills so often."""
+    store(tmp_path, "cifar10", "binary", cifar_files("cifar10", "binary", 4))
+    moments = (["writing", "any time"] * KILLS)[:KILLS]
+    flags = ["--preset", "resnet18-cifar10", *TINY_RESNET, "--epochs", str(8 + 3 * KILLS), "--batch-size", "5"]
+    flags += ["--workers", str(workers), "--root", str(tmp_path), "--device", "cpu", "--lr", "0.01"]
+    flags += ["--reference"] * (kind == "reference") + ["--out"]
+    start_of_whole = time.monotonic()
     assert vision.main([*flags, str(tmp_path / "whole")]) == 0
+    epoch_seconds = (time.monotonic() - start_of_whole) / (8 + 3 * KILLS)
     whole = only_folder(tmp_path / "whole")
-    assert len(metrics(whole)) == 4 and metrics(whole) == metrics(folder)
+    assert result_of(tmp_path / "whole")["fused"] == (kind == "fused")
+
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    ctrl_c = rng.randrange(KILLS + 1)
+    moments.insert(ctrl_c, "any time")
+    out, history, found = tmp_path / "killed", [], []
+    folder = out / whole.name
+    for life, moment in enumerate(moments):
+        with (tmp_path / "errors").open("w") as errors:  # no pipe, which a worker that is left behind would keep open
+            options = dict(stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+            process = start([EXPERIMENTS / "vision.py", *flags, out], **options)
+        with process.stdout:
+            began = time.time_ns()
+            process.stdout.readline()  # its settings: the last checkpoint is loaded, and it starts
+            if life == 0:
+                assert vision.main([*flags, str(out)]) == 2  # the lock
+                assert "another process is busy with" in capsys.readouterr().err
+            wait_for_moment(moment, folder / "checkpoint.pt", process, rng, epoch_seconds)
+            if life == ctrl_c:
+                os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+            else:
+                process.send_signal(signal.SIGKILL)
+            status, printed = process.wait(60), (tmp_path / "errors").read_text()
+        assert status == (130 if life == ctrl_c else -signal.SIGKILL), (seed, printed)
+        assert life != ctrl_c or "interrupted; the same command goes on" in printed
+        assert not (folder / "result.json").exists(), "it was too fast for this test"
+        rows = metrics(folder, ()) if (folder / "metrics.csv").exists() else []
+        assert rows[: len(history)] == history, f"it started again (seed {seed})"
+        found.append((len(rows), "writing" if modified(folder / "checkpoint.pt.tmp") > began else "between"))
+        history = rows
+    with capsys.disabled():
+        print(f"\n{kind}, seed {seed}, ended after so many epochs: {found}")
+
+    assert vision.main([*flags, str(out)]) == 0
+    assert metrics(folder, ())[: len(history)] == history and metrics(folder) == metrics(whole), seed
     a, b = checkpoint(whole), checkpoint(folder)
-    assert a["optimizer"]["state"][0]["momentum_buffer"].any() and equal(a, b)
+    assert a["optimizer"]["state"][0]["momentum_buffer"].any() and equal(a, b), seed
 
 
 # One command per argument, on every rank: keeps the checkpoint before, and each rank's weights in, every evaluation.
