@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ PARAMETERIZATIONS = {  # b and c of Table D.1, by role
 PERTURBATIONS = ("naive", "global", "effective", "balanced", "first-layer")
 VARIANTS = ("sam", "elementwise", "layerwise")
 Triple = tuple[float, ...]  # (input, hidden, output)
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Exponents(NamedTuple):
@@ -508,6 +509,11 @@ def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
     w.copy_(_wide(w) + _wide(g) * (T * T * coefficient.to(w.device)))
 
 
+def _uncompiled(method: Method) -> Method:
+    """For torch.compile to leave alone: what it made of these methods lost the weights that they restore."""
+    return torch.compiler.disable(method)
+
+
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization around any torch optimizer, with muP² factors per parameter group.
 
@@ -608,7 +614,7 @@ class SAM(torch.optim.Optimizer):
         if self._backup:
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {what}")
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
         """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
@@ -674,7 +680,7 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def restore(self) -> None:
         """Put every perturbed weight back, bit for bit; nothing happens if none is."""
@@ -682,7 +688,7 @@ class SAM(torch.optim.Optimizer):
             w.copy_(backup)
         self._backup = None
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One SAM step. closure: zero_grad, forward, backward, return loss; it runs twice, the first loss is returned.
@@ -850,7 +856,7 @@ def seen_perturbation(optimizer: SAM, dtype: torch.dtype | None = None) -> tuple
         ss, si, ii = s.tolist()
         return Seen(math.sqrt(ss / ii) if ii else math.nan, si / math.sqrt(ss * ii) if ss and ii else math.nan)
 
-    return summary(sum(s.cpu() for s in sums)), [summary(s) for s in sums]
+    return summary(torch.stack([s.cpu() for s in sums]).sum(0)), [summary(s) for s in sums]
 
 
 def accumulate(

@@ -836,9 +836,8 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> walk(const std::vector<int64_
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init<>())
-      .def("climb", &Plan::climb, py::arg("optimizer"), py::arg("reduce") = py::none())
-      .def("descend", &Plan::descend, py::arg("optimizer"), py::arg("method"), py::arg("create"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("skip_nonfinite"), py::arg("share") = py::none())
+      .def("climb", &Plan::climb)
+      .def("descend", &Plan::descend)
       .def("restore", &Plan::restore)
       .def("finite", &Plan::finite)
       .def("skipped", &Plan::skipped)

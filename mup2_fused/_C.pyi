@@ -4,7 +4,7 @@ from typing import Any
 from torch import Tensor
 
 class Plan:
-    def climb(self, optimizer: Any) -> bool: ...
+    def climb(self, optimizer: Any, reduce: Callable[[Tensor, list[int]], None] | None, /) -> bool: ...
     def descend(
         self,
         optimizer: Any,
@@ -13,6 +13,7 @@ class Plan:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         skip_nonfinite: bool,
+        share: Callable[[Tensor], None] | None,
         /,
     ) -> bool: ...
     def restore(self, backups: list[tuple[Tensor, Tensor]], /) -> None: ...

@@ -10,12 +10,8 @@ torch.compile are in torch.ops.mup2.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from functools import partial
-from typing import Any
-=======
 from typing import TYPE_CHECKING, Any
->>>>>>> helper-b
 
 import torch
 import torch.distributed as dist
@@ -51,18 +47,12 @@ class SAM(mup2_ref.SAM):
     step to step: one copy of the perturbed weights.
     """
 
-<<<<<<< HEAD
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._start()
-        super().__init__(*args, **kwargs)
-        self._copied_finite = None
-=======
     if not TYPE_CHECKING:  # for which it has the reference's arguments
 
         def __init__(self, *args, **kwargs):
             self._start()
             super().__init__(*args, **kwargs)
->>>>>>> helper-b
+            self._copied_finite = None
 
     def _start(self) -> None:
         self._plan = _C.Plan()
@@ -133,7 +123,7 @@ class SAM(mup2_ref.SAM):
         if not fused:  # parameters share memory, or something is wrong with a gradient
             super()._climb(process_group)
 
-    @torch.compiler.disable
+    @mup2_ref._uncompiled
     @torch.no_grad()
     def restore(self) -> None:
         if self._backup is not None:

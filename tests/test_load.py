@@ -82,7 +82,7 @@ def test_5000_tensors_of_all_types_agree_with_float64(threads, base):
     exact = trajectory(mup2_ref.SAM, base, options, *data, dtype=F64)
     assert len(fused) == len(exact) == (3 if base is torch.optim.SGD else 4) * MANY
     for i, three in enumerate(zip(fused, reference, exact)):
-        error, bound = verify.error_and_bound([[x] for x in three])
+        error, bound = verify.error_and_bound(*([x] for x in three))
         if three[1].dtype == F64 and len(three[1]):  # the other gradients' part of the norm is summed in some 45 bits
             bound += 2**-45 * three[2].abs().max().item()
         assert error <= bound, (i, three)
