@@ -333,7 +333,9 @@ void bump(const Tensor& t) {
   t.unsafeGetTensorImpl()->bump_version();
   if (&local(t) != &t) local(t).unsafeGetTensorImpl()->bump_version();
 }
-py::handle get(py::handle dict, const char* key) { return PyDict_GetItemString(dict.ptr(), key); }  // borrowed; null if absent
+// A key of a dictionary, made once: making and hashing it takes longer than looking it up.
+#define KEY(text) ([] { static PyObject* const key = PyUnicode_InternFromString(text); return py::handle(key); }())
+py::handle get(py::handle dict, py::handle key) { return PyDict_GetItemWithError(dict.ptr(), key.ptr()); }  // borrowed; null if absent
 bool is_number(py::handle h) { return h && (PyFloat_Check(h.ptr()) || PyLong_Check(h.ptr())); }
 bool is_true(py::handle h) {
   const int answer = h ? PyObject_IsTrue(h.ptr()) : 0;
@@ -397,10 +399,10 @@ class Plan {
     std::vector<const Tensor*> changed;
     size_t n = 0;
     for (py::handle group : groups) {
-      const double rho = get(group, "rho").cast<double>();
-      radii.push_back({is_true(get(group, "maximize")) ? -rho : rho, get(group, "gradnorm_scaling").cast<double>()});
-      if (!is_true(get(group, "perturb"))) continue;
-      for (py::handle parameter : get(group, "params")) {
+      const double rho = get(group, KEY("rho")).cast<double>();
+      radii.push_back({is_true(get(group, KEY("maximize"))) ? -rho : rho, get(group, KEY("gradnorm_scaling")).cast<double>()});
+      if (!is_true(get(group, KEY("perturb")))) continue;
+      for (py::handle parameter : get(group, KEY("params"))) {
         const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
         if (!g.defined()) continue;
         if (g.layout() != at::kStrided || g.is_complex()) return false;
@@ -537,7 +539,7 @@ class Plan {
     for (py::handle group : groups) {  // everything that can say no, before anything is made
       hypers.emplace_back();
       if (!read(group, hypers.back())) return false;
-      for (py::handle parameter : get(group, "params")) {
+      for (py::handle parameter : get(group, KEY("params"))) {
         const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
         Update u = {parameter, {}, &w, g.defined() ? &g : nullptr, nullptr, int(hypers.size()) - 1};
         if (n < backups.size() && PyTuple_GET_ITEM(PyList_GET_ITEM(backups.ptr(), n), 0) == parameter.ptr())
@@ -574,7 +576,7 @@ class Plan {
 
   // lr as a number, or on a GPU as a tensor that may change under a captured graph. False: leave it to torch.
   template <class Hyper> bool read_lr(py::handle group, Hyper& h) {
-    const py::handle lr = get(group, "lr");
+    const py::handle lr = get(group, KEY("lr"));
     h.lr_tensor = nullptr;
     if (is_number(lr)) {
       h.lr = lr.cast<double>();
@@ -592,48 +594,48 @@ class Plan {
   }
   bool read(py::handle group, Sgd::Hyper& h) {
     memset(&h, 0, sizeof h);  // padding too: batches compare bytes
-    for (const char* key : {"weight_decay", "momentum", "dampening"})
+    for (py::handle key : {KEY("weight_decay"), KEY("momentum"), KEY("dampening")})
       if (!is_number(get(group, key))) return false;
-    h.weight_decay = get(group, "weight_decay").cast<double>(), h.momentum = get(group, "momentum").cast<double>();
-    h.dampening = get(group, "dampening").cast<double>();
-    h.nesterov = is_true(get(group, "nesterov")), h.maximize = is_true(get(group, "maximize"));
+    h.weight_decay = get(group, KEY("weight_decay")).cast<double>(), h.momentum = get(group, KEY("momentum")).cast<double>();
+    h.dampening = get(group, KEY("dampening")).cast<double>();
+    h.nesterov = is_true(get(group, KEY("nesterov"))), h.maximize = is_true(get(group, KEY("maximize")));
     return read_lr(group, h);
   }
   bool read(py::handle group, Adam::Hyper& h) {
     memset(&h, 0, sizeof h);
-    const auto betas = get(group, "betas").cast<py::sequence>();
-    if (is_true(get(group, "amsgrad")) || !is_number(betas[0]) || !is_number(betas[1])) return false;
-    for (const char* key : {"weight_decay", "eps"})
+    const auto betas = get(group, KEY("betas")).cast<py::sequence>();
+    if (is_true(get(group, KEY("amsgrad"))) || !is_number(betas[0]) || !is_number(betas[1])) return false;
+    for (py::handle key : {KEY("weight_decay"), KEY("eps")})
       if (!is_number(get(group, key))) return false;
-    h.weight_decay = get(group, "weight_decay").cast<double>(), h.eps = get(group, "eps").cast<double>();
+    h.weight_decay = get(group, KEY("weight_decay")).cast<double>(), h.eps = get(group, KEY("eps")).cast<double>();
     h.beta1 = betas[0].cast<double>(), h.beta2 = betas[1].cast<double>();
-    h.decoupled = decoupled_ || is_true(get(group, "decoupled_weight_decay")), h.maximize = is_true(get(group, "maximize"));
+    h.decoupled = decoupled_ || is_true(get(group, KEY("decoupled_weight_decay"))), h.maximize = is_true(get(group, KEY("maximize")));
     return read_lr(group, h);
   }
 
-  static bool has(py::handle state, const char* key) {
+  static bool has(py::handle state, py::handle key) {
     const py::handle found = state ? get(state, key) : py::handle();
     return found && !found.is_none();
   }
   // With dampening the first momentum is the gradient, unless that step is skipped: torch's own code makes it.
-  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.momentum == 0 || h.dampening == 0 || has(state, "momentum_buffer"); }
+  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.momentum == 0 || h.dampening == 0 || has(state, KEY("momentum_buffer")); }
   static bool fits(const Adam::Hyper&, py::handle) { return true; }
 
   void add_state(Entries& entries, const Sgd::Hyper& h, const Update& u, const py::function& create) {
     if (h.momentum == 0) return;
     py::object state = py::reinterpret_borrow<py::object>(u.state);
-    if (!has(state, "momentum_buffer")) state = create(u.parameter, py::make_tuple("momentum_buffer"));
-    entries.set(kM, local(unpack(get(state, "momentum_buffer"))), true);
+    if (!has(state, KEY("momentum_buffer"))) state = create(u.parameter, py::make_tuple("momentum_buffer"));
+    entries.set(kM, local(unpack(get(state, KEY("momentum_buffer")))), true);
   }
   void add_state(Entries& entries, const Adam::Hyper&, const Update& u, const py::function& create) {
     py::object state = py::reinterpret_borrow<py::object>(u.state);
-    if (!has(state, "exp_avg")) state = create(u.parameter, py::make_tuple("step", "exp_avg", "exp_avg_sq"));
-    entries.set(kM, local(unpack(get(state, "exp_avg"))), true);
-    entries.set(kV, local(unpack(get(state, "exp_avg_sq"))), true);
-    const Tensor& step = unpack(get(state, "step"));
+    if (!has(state, KEY("exp_avg"))) state = create(u.parameter, py::make_tuple("step", "exp_avg", "exp_avg_sq"));
+    entries.set(kM, local(unpack(get(state, KEY("exp_avg")))), true);
+    entries.set(kV, local(unpack(get(state, KEY("exp_avg_sq")))), true);
+    const Tensor& step = unpack(get(state, KEY("step")));
     if (step.device() != u.w->device() || step.scalar_type() != at::kFloat)
       state["step"] = step.to(u.w->device(), at::kFloat).clone();
-    entries.list.back().ptr[kSteps] = floats(unpack(get(state, "step")));
+    entries.list.back().ptr[kSteps] = floats(unpack(get(state, KEY("step"))));
   }
 
   template <class Method>

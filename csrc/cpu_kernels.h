@@ -30,7 +30,9 @@ inline void drain(bool streaming) {
 template <class A, int variant, class W, class G> MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
   constexpr int columns = kThreads * kVector<G>;
   constexpr bool exact = sizeof(G) == 2 && variant != kElementwise;
-  A hi[columns] = {}, lo[columns] = {};
+  const int threads_used = n < columns ? (n + kVector<G> - 1) / kVector<G> : kThreads, used = threads_used * kVector<G>;
+  A hi[columns], lo[columns];
+  for (int i = 0; i < used; ++i) hi[i] = lo[i] = 0;
   for (int start = 0; start < n; start += columns) {
     const int width = n - start < columns ? n - start : columns;
     const W* __restrict w_row = w + start;
@@ -42,9 +44,9 @@ template <class A, int variant, class W, class G> MUP2_LOOP double sum_squares(c
     }
   }
   double sums[columns], threads[kThreads];
-  for (int i = 0; i < columns; ++i) sums[i] = double(hi[i]) + double(lo[i]);
-  for (int i = 0; i < kThreads; ++i) threads[i] = fold<kVector<G>>(sums + i * kVector<G>);
-  return tree(threads);
+  for (int i = 0; i < used; ++i) sums[i] = double(hi[i]) + double(lo[i]);
+  for (int i = 0; i < threads_used; ++i) threads[i] = fold<kVector<G>>(sums + i * kVector<G>);
+  return tree(threads, threads_used);
 }
 
 // float32 sums leave their range beyond gradients of 1e19: such a chunk is summed again in float64.

@@ -307,15 +307,21 @@ template <int n> MUP2_FN double fold(double* x) {
 }
 
 // x[0..n) summed in an order that depends on n only: columns i, i + kThreads, ..., then halves, first within a warp.
-MUP2_FN double tree(double* x) {
-  double warps[kThreads / kWarp];
-  for (int i = 0; i < kThreads / kWarp; ++i) warps[i] = fold<kWarp>(x + i * kWarp);
+// Columns beyond the first n are 0 and not looked at: adding them changes no bit.
+MUP2_FN double tree(double* x, int n = kThreads) {
+  const int used = (n + kWarp - 1) / kWarp;
+  for (int i = n; i < used * kWarp; ++i) x[i] = 0;
+  double warps[kThreads / kWarp] = {};
+  for (int i = 0; i < used; ++i) warps[i] = fold<kWarp>(x + i * kWarp);
   return fold<kThreads / kWarp>(warps);
 }
 MUP2_FN double ordered_sum(const double* x, int64_t n) {
-  double columns[kThreads] = {};
-  for (int64_t i = 0; i < n; ++i) columns[i % kThreads] += x[i];
-  return tree(columns);
+  if (n == 1) return x[0];
+  double columns[kThreads];
+  const int used = n < kThreads ? n : kThreads;
+  for (int i = 0; i < used; ++i) columns[i] = x[i];
+  for (int64_t i = kThreads; i < n; ++i) columns[i % kThreads] += x[i];
+  return tree(columns, used);
 }
 
 // One tensor's share, from its sums over chunks.
