@@ -29,10 +29,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 # --------------------------------------------------------------- 1. exponents: what theory says of each layer
@@ -47,7 +48,6 @@ PARAMETERIZATIONS = {  # b and c of Table D.1, by role
 PERTURBATIONS = ("naive", "global", "effective", "balanced", "first-layer")
 VARIANTS = ("sam", "elementwise", "layerwise")
 Triple = tuple[float, ...]  # (input, hidden, output)
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Exponents(NamedTuple):
@@ -509,9 +509,15 @@ def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
     w.copy_(_wide(w) + _wide(g) * (T * T * coefficient.to(w.device)))
 
 
-def _uncompiled(method: Method) -> Method:
-    """For torch.compile to leave alone: what it made of these methods lost the weights that they restore."""
-    return torch.compiler.disable(method)
+def _values(g: Tensor) -> Tensor:
+    """The numbers of a gradient, which may be sparse or complex."""
+    g = g.coalesce().values() if g.is_sparse else g
+    return torch.view_as_real(g) if g.is_complex() else g
+
+
+# For torch.compile to leave alone: what it makes of these methods loses the weights that they restore. Unlike
+# torch.compiler.disable, this does not take seconds to import.
+_uncompiled = _disable_dynamo
 
 
 class SAM(torch.optim.Optimizer):
@@ -632,7 +638,7 @@ class SAM(torch.optim.Optimizer):
     def _climb(self, process_group: Any) -> None:
         """Perturb every perturbed parameter that has a gradient, and keep its weights."""
         self._place_gradients()
-        perturbed = [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+        perturbed = self._perturbed()
         for p, _ in perturbed:
             if p.grad.layout != torch.strided or p.grad.is_complex():
                 raise RuntimeError(
@@ -641,16 +647,24 @@ class SAM(torch.optim.Optimizer):
                     "perturb=False"
                 )
         norm = joint_norm([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], self.variant)
-        finite = norm.isfinite().int()
+        broken = norm.isfinite().logical_not().int()
         if process_group is not None:
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=process_group)
-        self._finite = bool(finite)
+            broken = broken.to(self.param_groups[0]["params"][0].device)
+            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX, group=process_group)
+        self._finite = not broken
         perturbed = perturbed if self._finite else []
         self._backup = [(p, p.detach().clone()) for p, _ in perturbed]
         with self._restored_on_error():
             for p, group in perturbed:
-                rho = -group["rho"] if group.get("maximize") else group["rho"]  # climb in what is minimized
-                perturb_(p, p.grad, rho / (norm + self.EPS), self.variant)
+                perturb_(p, p.grad, self._rho(group) / (norm + self.EPS), self.variant)
+
+    def _perturbed(self) -> list[tuple[Any, dict[str, Any]]]:
+        """What first_step() perturbs, each with its group."""
+        return [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+
+    @staticmethod
+    def _rho(group: dict[str, Any]) -> float:
+        return -group["rho"] if group.get("maximize") else group["rho"]  # climb in what is minimized
 
     def _place_gradients(self) -> None:
         """Give gradients the layout of their parameters: tensor parallelism leaves partial sums and copies."""
@@ -709,8 +723,8 @@ class SAM(torch.optim.Optimizer):
                     for set_state, state in random:
                         set_state(state)
                     closure()
-            elif self._backup is None and not self.state and not any(g.get("lr", 1) for g in self.param_groups):
-                self.base_optimizer.step()  # only makes its state: torch.distributed.checkpoint does so before loading
+            elif self._backup is None and self._only_makes_state():
+                self.base_optimizer.step()
                 return None
             elif self._backup is None:
                 raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
@@ -718,24 +732,36 @@ class SAM(torch.optim.Optimizer):
                 self._descend(scale, found_inf)
         return loss
 
+    def _only_makes_state(self) -> bool:
+        """Whether this is how torch.distributed.checkpoint prepares for loading: gradients and learning rates are 0."""
+        gradients = self._gradients()
+        if self.state or not gradients or any(group.get("lr", 1) for group in self.param_groups):
+            return False
+        return not self._gradient_norm(gradients)
+
     def _random_states(self) -> list[tuple[Callable[[Tensor], None], Tensor]]:
         """(setter, state) of the random number generators of the CPU and of the parameters' GPUs."""
         gpus = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
-        return [
-            (torch.set_rng_state, torch.get_rng_state()),
-            *((partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus),
-        ]
+        states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
+        return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @staticmethod
+    def _gradient_norm(gradients: list[Tensor]) -> Tensor:
+        return joint_norm([(_values(g), _values(g), 1.0) for g in gradients], "sam")
 
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore, undo the scale of the loss, and update unless a gradient is not finite."""
         self.restore()
         self._place_gradients()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self._gradients()
         if scale is not None:
             for g in gradients:
                 g.div_(scale.to(g.device))
         skip = not self._finite or (found_inf is not None and found_inf.item() > 0)
-        if skip or (self.skip_nonfinite and not joint_norm([(g, g, 1.0) for g in gradients], "sam").isfinite()):
+        if skip or (self.skip_nonfinite and not self._gradient_norm(gradients).isfinite()):
             self.skipped_steps += 1
         else:
             self.base_optimizer.step()
@@ -820,7 +846,7 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
 
 
 class Seen(NamedTuple):
-    """What rounding leaves of a perturbation."""
+    """What rounding leaves of a perturbation; nan where none was intended."""
 
     norm: float  # of the perturbation that is left, over the norm of the intended one
     cosine: float  # between the two
@@ -836,9 +862,11 @@ def seen_perturbation(optimizer: SAM, dtype: torch.dtype | None = None) -> tuple
     (1, 1) is all of it. Weights in 16 bits do not move where e is below their last digit; with float32 weights under
     autocast, w and w + e are rounded each, and what is seen is e plus the noise of both. Where the cosine is small,
     SAM climbs in a direction that is mostly noise: keep float32 weights, and take autocast to float16 or none.
-    Raises RuntimeError if there are no gradients or weights are perturbed already. For plain tensors, not DTensors.
+    Raises RuntimeError if there are no gradients or weights are perturbed already, TypeError for DTensors.
     """
-    perturbed = [(p, g) for g in optimizer.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+    perturbed = optimizer._perturbed()
+    if any(hasattr(p, "placements") for p, _ in perturbed):
+        raise TypeError("of DTensors it is not known: use the model before it is spread over processes")
     if not perturbed:
         raise RuntimeError("there are no gradients: call this after a backward at w")
     before = [p.clone() for p, _ in perturbed]
@@ -846,8 +874,8 @@ def seen_perturbation(optimizer: SAM, dtype: torch.dtype | None = None) -> tuple
     sums = []  # of each tensor: <seen, seen>, <seen, intended>, <intended, intended>
     with optimizer.perturbed():
         for (p, group), w in zip(perturbed, before):
-            rho = -group["rho"] if group.get("maximize") else group["rho"]
-            intended = normalizer(w.double(), optimizer.variant) ** 2 * p.grad.double() * (rho / norm).to(p.device)
+            coefficient = (optimizer._rho(group) / norm).to(p.device)
+            intended = normalizer(w.double(), optimizer.variant) ** 2 * p.grad.double() * coefficient
             seen = p.to(dtype or p.dtype).double() - w.to(dtype or p.dtype).double()
             sums.append(torch.stack([(x * y).sum() for x, y in ((seen, seen), (seen, intended), (intended, intended))]))
     optimizer.restore()  # nothing is perturbed, and no update may follow

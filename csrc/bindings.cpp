@@ -85,11 +85,14 @@ class Entries {
   }
   // In the place of an empty part of a tensor: one element of each kind, which are 0 and stay so.
   DeviceEntry& add_zero(const Tensor& w, const Tensor& g, int group) {
-    for (const Tensor& t : {w, g, w}) copies_.push_back({{}, at::zeros({}, t.options()), false});
-    const Copy* zeros = &*copies_.end() - 3;
-    add(zeros[0].copy, group);
-    set(kG, zeros[1].copy, false);
-    set(kBackup, zeros[2].copy, false);
+    const auto zero = [&](const Tensor& like) {
+      copies_.push_back({{}, at::zeros({}, like.options()), false});  // keeps it
+      return copies_.back().copy;
+    };
+    add(zero(w), group);
+    set(kG, zero(g), false);
+    for (int which : {kBackup, kM, kV}) set(which, zero(w), false);
+    list.back().ptr[kSteps] = zero(at::empty({}, w.options().dtype(at::kFloat))).data_ptr();
     return list.back();
   }
   void set(int which, const Tensor& t, bool written) {
@@ -461,6 +464,16 @@ class Plan {
     for (auto& [device, ws] : workspaces_) sum += ws.skipped.item<int64_t>();
     return sum;
   }
+  // What kernels of a captured graph write to, besides parameters, gradients and state.
+  std::vector<Tensor> memory() {
+    std::vector<Tensor> found;
+    for (py::handle pair : backups_) found.push_back(unpack(PyTuple_GET_ITEM(pair.ptr(), 1)));
+    for (Workspaces* all : {&workspaces_, &second_})
+      for (auto& [device, ws] : *all)
+        for (const Tensor& t : {ws.doubles, ws.ints, ws.skipped})
+          if (t.defined()) found.push_back(t);
+    return found;
+  }
   // (joint norm, [gradnorm_scaling ||T g|| of each tensor in the list of backups]) of the last first step.
   py::tuple norms() {
     py::list each;
@@ -548,7 +561,7 @@ class Plan {
         if (!plain(w) || (u.g && !plain(g)) || (hypers.back().lr_tensor && lr_device_ != w.device())) return false;
         if (u.g) u.state = states.find(parameter);
         if (u.g && !fits(hypers.back(), u.state)) return false;
-        work |= u.g && w.numel();
+        work |= u.g && p.numel();  // also if no part of it is here: all processes must go the same way
         updates.push_back(u);
         changed.push_back(&p);
       }
@@ -562,6 +575,10 @@ class Plan {
       if (u.g) entries.set(kG, *u.g, grad_scale.has_value());
       if (u.g) add_state(entries, hypers[u.group], u, create);
     }
+    // A process without any part launches for one zero, and so counts a step that is skipped.
+    if (!share.is_none() && std::none_of(entries.list.begin(), entries.list.end(), [](const auto& e) { return e.numel && e.ptr[kG]; }))
+      for (const Update& u : updates)
+        if (u.g) { entries.add_zero(*u.w, *u.g, u.group); break; }
     for (const Tensor* w : changed) bump(*w);
     run_update<Method>(entries, hypers, grad_scale, found_inf, skip_nonfinite, true, share);
     optimizer.attr("_backup") = py::none();
@@ -693,7 +710,7 @@ struct Lists {
       TORCH_CHECK(list.tensors.size() == w.size() || (list.optional && list.tensors.empty()),
                   "lists must have equal lengths; an optional one may be empty");
     for (size_t i = 0; i < w.size(); ++i) {
-      if (bumps) bump(w[i]);
+      if (bumps) w[i].unsafeGetTensorImpl()->bump_version();
       TORCH_CHECK(w[i].device() == w[0].device(), "tensors of one call must be on one device");
       if (w[i].numel() == 0) continue;
       entries.add(w[i], i).index = i;
@@ -843,6 +860,7 @@ PYBIND11_MODULE(_C, m) {
       .def("restore", &Plan::restore)
       .def("finite", &Plan::finite)
       .def("skipped", &Plan::skipped)
+      .def("memory", &Plan::memory)
       .def("norms", &Plan::norms);
   m.def("walk", walk);
   m.attr("chunk") = kChunk;

@@ -91,7 +91,7 @@ class SAM(mup2_ref.SAM):
 
     def _reduce(self, process_group: Any, sums: Tensor, rows: list[int]) -> None:
         """Add to each perturbed tensor's sums those of its other parts; NaN if one process of the group has one."""
-        perturbed = [p for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
+        perturbed = [p for p, _ in self._perturbed()]
         for (mesh, dimension), parts in self._meshes.items():
             where = tuple(i for i, row in enumerate(rows) if perturbed[row] in parts)
             if len(where) == len(rows):
@@ -117,9 +117,13 @@ class SAM(mup2_ref.SAM):
         self._copied_finite = None
         if self._meshes:
             self._place_gradients()
-        reduce = partial(self._reduce, process_group) if self._meshes or process_group is not None else None
-        with self._restored_on_error():
-            fused = self._plan.climb(self, reduce)
+        reduce, fused = None, True
+        if self._meshes or process_group is not None:
+            reduce = partial(self._reduce, process_group)
+            fused = any(p.numel() for p, _ in self._perturbed())  # or nothing would be reduced in this process
+        if fused:
+            with self._restored_on_error():
+                fused = self._plan.climb(self, reduce)
         if not fused:  # parameters share memory, or something is wrong with a gradient
             super()._climb(process_group)
 
@@ -140,10 +144,12 @@ class SAM(mup2_ref.SAM):
             super()._descend(scale, found_inf)
 
     def _fused_method(self) -> str | None:
-        """The kernel that does what base_optimizer.step() would, if there is one."""
+        """The kernel that does what base_optimizer.step() would, if there is one and the flag is on the device."""
+        return self._has_kernel() if self._copied_finite is None else None
+
+    def _has_kernel(self) -> str | None:
         base = self.base_optimizer
-        hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base)
-        if hooks or self._copied_finite is not None:
+        if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base):
             return None
         return {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}.get(type(base))
 

@@ -7,6 +7,7 @@ checkpoints; `load FOLDER` in another number of processes goes on from them. End
 import copy
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -74,7 +75,8 @@ def spread(model, how):
         world, rank = 2, mesh.get_local_rank()
     for layer in (model.up, model.down):
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh), world, rank  # with a mesh of two dimensions, copies of what is sharded
+    # With a mesh of two dimensions, copies of what is sharded.
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True), world, rank
 
 
 def backward(model, x, y):
@@ -186,6 +188,44 @@ def check_not_finite(SAM, **kwargs):
     assert_close(model, alone)
 
 
+def check_forward_alone(SAM):
+    """Passes without backward, before the first step and at w + e, see the weights that are there."""
+    model, alone, a, b, batches, mine = pair(SAM)
+    x, y = data(batches, 0)
+    losses = []
+    for opt, m, batch in ((a, model, (x[mine], y[mine])), (b, alone, (x, y))):
+        loss = partial(nn.functional.cross_entropy, target=y)
+        backward(m, *batch)
+        with torch.no_grad():
+            seen = [loss(m(x))]
+        with opt.perturbed(), torch.no_grad():
+            seen.append(loss(m(x)))
+        seen.append(loss(m(x)).detach())
+        losses.append(torch.stack(seen))
+    torch.testing.assert_close(*losses)
+    assert losses[0][1] > losses[0][0] == losses[0][2]
+
+
+def check_nothing_here(SAM, base):
+    """Only the first process has anything of the one tensor; all skip and count the same."""
+    torch.manual_seed(0)
+    alone = nn.Linear(5, 1, bias=False).double()
+    model = fully_shard(copy.deepcopy(alone), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizers = [SAM(m.parameters(), base, lr=0.1, rho=0.2, skip_nonfinite=True) for m in (model, alone)]
+    x = torch.randn(4, 8, 5).double()
+    x[1, 0, 0] = torch.nan
+    for opt, m in zip(optimizers, (model, alone)):
+        for batch in (*x, x[1]):
+            for number in (1, 2):
+                m.zero_grad()
+                (m(batch) ** 2).mean().backward()
+                if number == 1:
+                    opt.first_step()
+            opt.second_step()
+        assert opt.skipped_steps == 2
+    assert_close(model, alone)
+
+
 def check_scaler(SAM):
     """An overflow in one process's part: the scaler tells all, which restore, skip, and halve the scale."""
     model, alone, a, b, batches, mine = pair(SAM)
@@ -214,6 +254,9 @@ def check(SAM):
     for how in ("copies of shards", "tensor parallel", "fsdp of tensor parallel"):
         check_steps(SAM, how, torch.optim.SGD, "layerwise")
         check_steps(SAM, how, torch.optim.AdamW, "elementwise")
+    check_forward_alone(SAM)
+    for base in (torch.optim.SGD, torch.optim.AdamW):
+        check_nothing_here(SAM, base)
     check_not_finite(SAM)
     check_not_finite(SAM, skip_nonfinite=True)
     check_scaler(SAM)

@@ -113,7 +113,10 @@ class Replayed:
         fakes = dict.fromkeys(["Stream", "current_stream"], mock.Mock())
         fakes |= dict.fromkeys(["stream", "graph"], lambda *args, **kwargs: contextlib.nullcontext())
         fakes |= {"CUDAGraph": lambda: self, "get_rng_state": lambda device: None}
-        return mock.patch.multiple(torch.cuda, set_rng_state=lambda state, device: None, **fakes)
+        patches = contextlib.ExitStack()
+        patches.enter_context(mock.patch.multiple(torch.cuda, set_rng_state=lambda state, device: None, **fakes))
+        patches.enter_context(mock.patch("mup2_fused.graph._on_gpu", lambda x: True))
+        return patches
 
 
 def captured(model, opt, x, y):
@@ -163,11 +166,66 @@ def test_a_captured_step_is_the_step(device, base, kwargs, steps_before):
     assert runs[0][1] < 0.02
 
 
+@pytest.mark.parametrize("fails_in", [1, 4])
+def test_a_step_that_fails_while_it_is_captured_leaves_nothing_behind(fails_in):
+    """In the first run for warming up, or while capturing; at w + e."""
+    model, x, y = problem()
+    opt = mup2_fused.SAM(model.parameters(), lr=0.1, rho=0.1, momentum=0.9)
+    training_step(model, opt)(x[0], y[0])
+    before, passes = tensors(model, opt), []
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[1]), y[1])
+        loss.backward()
+        passes.append(loss)
+        if len(passes) == 2 * fails_in:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    fake = Replayed(lambda x, y: opt.step(closure))
+    with fake.patches(), pytest.raises(RuntimeError, match="not permitted"):
+        mup2_fused.capture(fake, model, opt, x[1], y[1])
+    assert len(passes) == 2 * fails_in and all(map(torch.equal, tensors(model, opt), before))
+    assert opt.param_groups[0]["lr"] == 0.1 and isinstance(opt.param_groups[0]["lr"], float)
+    assert opt._backup is None and all(p.grad is None for p in model.parameters())
+
+
+def test_a_captured_step_refuses_learning_rates_that_it_does_not_read():
+    model, x, y = problem()
+    opt = mup2_fused.SAM(model.parameters(), lr=0.1, rho=0.1)
+    replay = captured(model, opt, x[0], y[0])
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with pytest.raises(RuntimeError, match="capture again"):
+        replay(x[0], y[0])
+
+
+def test_a_copied_optimizer_can_be_captured():
+    model, x, y = problem()
+    model, opt = copy.deepcopy((model, mup2_fused.SAM(model.parameters(), lr=0.1, rho=0.1)))
+    before = tensors(model, opt)
+    captured(model, opt, x[0], y[0])(x[0], y[0])
+    assert not torch.equal(tensors(model, opt)[0], before[0])
+
+
 def test_what_cannot_be_captured():
     model, x, y = problem()
 
-    def capture(opt):
+    def capture(opt, *inputs, **kwargs):
+        with Replayed(None).patches():
+            mup2_fused.capture(training_step(model, opt), model, opt, *(inputs or (x[0], y[0])), **kwargs)
+
+    opt = mup2_fused.SAM(model.parameters())
+    with pytest.raises(ValueError, match="all of them on the GPU"):
         mup2_fused.capture(training_step(model, opt), model, opt, x[0], y[0])
+    with pytest.raises(ValueError, match="one run of step for warming up"):
+        capture(opt, warmup=0)
+    with pytest.raises(ValueError, match="at least one input"):
+        mup2_fused.capture(training_step(model, opt), model, opt)
+    assert opt.param_groups[0]["lr"] == 0.001 and not opt.state
+    with pytest.raises(ValueError, match="without amsgrad"):
+        capture(mup2_fused.SAM(model.parameters(), torch.optim.Adam, amsgrad=True))
+    with pytest.raises(ValueError, match="same_randomness"):
+        capture(mup2_fused.SAM(model.parameters(), same_randomness=True))
 
     with pytest.raises(TypeError, match=r"needs a mup2_fused.SAM"):
         capture(mup2_ref.SAM(model.parameters()))
@@ -175,7 +233,6 @@ def test_what_cannot_be_captured():
         capture(mup2_fused.SAM(model.parameters(), torch.optim.RMSprop))
     with pytest.raises(ValueError, match="take one step before"):
         capture(mup2_fused.SAM(model.parameters(), momentum=0.9, dampening=0.1))
-    opt = mup2_fused.SAM(model.parameters())
     nn.functional.cross_entropy(model(x[0]), y[0]).backward()
     opt.first_step()
     with pytest.raises(RuntimeError, match="weights are perturbed"):

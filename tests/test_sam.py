@@ -830,12 +830,17 @@ def test_grad_scaler(SAM, overflow_in):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-def test_only_a_first_step_at_lr_0_may_lack_its_first_half(SAM):
+def test_only_a_first_step_at_lr_0_with_gradients_0_may_lack_its_first_half(SAM):
     """So torch.distributed.checkpoint makes the state that it then loads."""
     params = parameters()
     opt = SAM(params, torch.optim.Adam, lr=0.0, rho=0.1)
     before = snapshot(params)
+    with pytest.raises(RuntimeError, match="nothing is perturbed"):
+        opt.step()
     quadratic(params).backward()
+    with pytest.raises(RuntimeError, match="nothing is perturbed"):
+        opt.step()
+    set_gradients(params, 0.0)
     opt.step()
     assert equal(params, before)
     assert all("exp_avg" in opt.state[p] for p in params)
@@ -895,3 +900,19 @@ def test_bfloat16_weights_lose_most_of_a_small_perturbation(SAM):
     before = w.detach().clone()
     SAM([w], rho=0.05, lr=0.1).first_step()
     assert (w != before).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_skip_nonfinite_sees_gradients_that_cannot_be_perturbed_by(SAM, kind):
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(4, dtype=torch.cfloat if kind == "complex" else None))
+    opt = SAM([{"params": [p]}, {"params": [q], "perturb": False}], lr=0.1, rho=0.1, skip_nonfinite=True)
+    for value, skipped in ((1.0, 0), (torch.inf, 1)):
+        before = q.detach().clone()
+        for _ in range(2):
+            p.grad, q.grad = torch.ones_like(p), torch.full_like(q, value)
+            if kind == "sparse":
+                q.grad = q.grad.to_sparse()
+            if opt._backup is None:
+                opt.first_step()
+        opt.second_step()
+        assert opt.skipped_steps == skipped and torch.equal(q, before) == bool(skipped)

@@ -118,6 +118,20 @@ def check_not_finite_in_one(SAM):
     assert opt.skipped_steps == 2
 
 
+def check_no_gradient_in_one(SAM):
+    """It climbs nowhere, keeps up with the others, and skips with them."""
+    rank = dist.get_rank()
+    for value, skipped in ((1.0, 0), (torch.nan, 1)):
+        w = torch.nn.Parameter(torch.ones(3))
+        opt = SAM([w], lr=0.1, rho=0.2)
+        w.grad = torch.full_like(w, value) if rank == 0 else None
+        opt.first_step(process_group=dist.group.WORLD)
+        assert (w[0] > 1) == (rank == 0 and not skipped)
+        w.grad = torch.ones_like(w)
+        opt.second_step()
+        assert opt.skipped_steps == skipped and (w[0] < 1) == (not skipped)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -126,4 +140,5 @@ if __name__ == "__main__":
             check_synchronized(SAM, **ddp)
         check_m_sharpness(SAM)
         check_not_finite_in_one(SAM)
+        check_no_gradient_in_one(SAM)
     dist.destroy_process_group()
