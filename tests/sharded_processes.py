@@ -5,6 +5,7 @@ checkpoints; `load FOLDER` in another number of processes goes on from them. End
 """
 
 import copy
+import os
 import re
 import sys
 from functools import partial
@@ -338,3 +339,4 @@ if __name__ == "__main__":
     else:
         load(folder)
     dist.destroy_process_group()
+    os._exit(0)  # in torch 2.11 gloo's threads outlive their group where checkpoints were read, and abort at exit
