@@ -35,12 +35,29 @@ KINDS = {
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-def build(folder, kind, kernels=CSRC / "cuda_kernels.cu"):
-    program = folder / "parity"
-    include = ["-I", HARNESS, "-I", CSRC]
-    command = ["g++", *COMMON, *KINDS[kind], *include, "-x", "c++", kernels, *SOURCES, "-o", program, "-pthread"]
-    subprocess.run(command, check=True)
-    return program
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Compiles what a kind of program needs; all but the CUDA kernels once."""
+    objects = {}
+
+    def start(kind, source, target):
+        command = ["g++", *COMMON, *KINDS[kind], "-I", HARNESS, "-I", CSRC, "-x", "c++", "-c", source, "-o", target]
+        return subprocess.Popen(command)
+
+    def build(folder, kind, kernels=CSRC / "cuda_kernels.cu"):
+        compilers = [start(kind, kernels, folder / "kernels.o")]
+        if kind not in objects:
+            common = tmp_path_factory.mktemp(kind)
+            objects[kind] = [common / f"{source.stem}.o" for source in SOURCES]
+            compilers += [start(kind, source, target) for source, target in zip(SOURCES, objects[kind])]
+        statuses = [compiler.wait() for compiler in compilers]
+        assert not any(statuses)
+        program = folder / "parity"
+        link = ["g++", *KINDS[kind], folder / "kernels.o", *objects[kind], "-o", program, "-pthread"]
+        subprocess.run(link, check=True)
+        return program
+
+    return build
 
 
 def run(program, *arguments):
@@ -49,7 +66,7 @@ def run(program, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_kernels_on_the_cpu(kind, tmp_path):
+def test_cuda_kernels_on_the_cpu(build, kind, tmp_path):
     """Bit for bit what the CPU kernels compute; sanitizers look at both."""
     done = run(build(tmp_path, kind), *(["small"] if kind == "thread" else []))
     assert done.returncode == 0 and " 0 differences" in done.stdout, done.stdout + done.stderr[:3000]
@@ -65,7 +82,7 @@ MUTANTS = {  # what is broken: (kind of build, text, its replacement, what must 
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_broken_synchronization_and_tails_are_caught(mutant, tmp_path):
+def test_broken_synchronization_and_tails_are_caught(build, mutant, tmp_path):
     kind, text, replacement, expected = MUTANTS[mutant]
     source = (CSRC / "cuda_kernels.cu").read_text()
     assert source.count(text) == 1

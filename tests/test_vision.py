@@ -673,13 +673,15 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, kind
             else:
                 process.send_signal(signal.SIGKILL)
             status, printed = process.wait(60), (tmp_path / "errors").read_text()
+        if status == 0:  # faster than the clock that chose the moment
+            break
         assert status == (130 if life == ctrl_c else -signal.SIGKILL), (seed, printed)
         assert life != ctrl_c or "interrupted; the same command goes on" in printed
-        assert not (folder / "result.json").exists(), "it was too fast for this test"
         rows = metrics(folder, ()) if (folder / "metrics.csv").exists() else []
         assert rows[: len(history)] == history, f"it started again (seed {seed})"
         found.append((len(rows), "writing" if modified(folder / "checkpoint.pt.tmp") > began else "between"))
         history = rows
+    assert len(found) >= max(1, KILLS // 2), "it was too fast for this test"
     with capsys.disabled():
         print(f"\n{kind}, seed {seed}, ended after so many epochs: {found}")
 
