@@ -184,7 +184,7 @@ def machine(device: str) -> dict:
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     cpu = f"CPU {found[1] if found else platform.machine()}"
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "cpu": cpu}
-    about |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    about |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     about |= {"cpu_kernels": importlib.import_module(OURS).instruction_set, "python": platform.python_version()}
     about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}
     try:
