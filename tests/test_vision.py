@@ -629,10 +629,10 @@ def wait_for_moment(moment, checkpoint, process, rng, epoch_seconds):
         time.sleep(rng.uniform(0, 3 * epoch_seconds))
         return
     written, temporary = modified(checkpoint), checkpoint.with_name("checkpoint.pt.tmp")
-    wait_for(lambda: modified(checkpoint) > written, process)
+    wait_for(lambda: process.poll() is not None or modified(checkpoint) > written, process)
     end, before = time.monotonic() + 60, modified(temporary)
-    while modified(temporary) == before:  # the one of an earlier life may lie there
-        assert process.poll() is None and time.monotonic() < end, "no checkpoint"
+    while process.poll() is None and modified(temporary) == before:  # the one of an earlier life may lie there
+        assert time.monotonic() < end, "no checkpoint"
     time.sleep(rng.uniform(0, 0.008))
 
 
@@ -668,9 +668,9 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, kind
                 assert vision.main([*flags, str(out)]) == 2  # the lock
                 assert "another process is busy with" in capsys.readouterr().err
             wait_for_moment(moment, folder / "checkpoint.pt", process, rng, epoch_seconds)
-            if life == ctrl_c:
+            if process.poll() is None and life == ctrl_c:
                 os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
-            else:
+            elif process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             status, printed = process.wait(60), (tmp_path / "errors").read_text()
         if status == 0:  # faster than the clock that chose the moment
