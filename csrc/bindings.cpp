@@ -6,9 +6,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
-#include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
 #include <functional>
 #include <map>
 
@@ -157,13 +157,16 @@ const CpuKernels& cpu() {
   return chosen;
 }
 
+// Bytes of the last cache that this processor shares. sysconf() has that of all of an AMD processor's parts together, of
+// which a core reaches one.
+int64_t last_cache() {
+  int64_t kilobytes = 0;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;  // "32768K"
+  return kilobytes > 0 ? kilobytes << 10 : 1 << 25;
+}
 // More bytes than the last cache holds are better written past it.
 bool streams(const DeviceEntry* begin, const DeviceEntry* end) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 1 << 25);
-#else
-  static const int64_t cache = 1 << 25;
-#endif
+  static const int64_t cache = last_cache();
   int64_t bytes = 0;
   for (const DeviceEntry* e = begin; e != end; ++e) bytes += e->numel * (e->types.w == kF64 ? 8 : e->types.w == kF32 ? 4 : 2);
   return 3 * bytes > cache;  // w, g and the backup

@@ -5,7 +5,9 @@
 namespace mup2 {
 namespace {
 
-constexpr int kBlock = 512;  // weights computed before they are written out together
+constexpr int kBlock = 256;   // elements that are copied or computed together
+constexpr int kColumns = kThreads < 128 ? kThreads : 128;  // of partial sums
+constexpr int kAhead = 8192;  // bytes
 
 // memcpy that, where it pays, bypasses the caches: saves reading what is overwritten whole.
 inline void copy(void* to, const void* from, size_t bytes, bool streaming) {
@@ -26,41 +28,31 @@ inline void drain(bool streaming) {
 #endif
 }
 
-// Sum of squares of T g over one chunk, in the order of the CUDA kernel: kVector<G> columns per thread, then tree().
-template <class A, int variant, class W, class G> MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
-  constexpr int columns = kThreads * kVector<G>;
-  constexpr bool exact = sizeof(G) == 2 && variant != kElementwise;
-  const int threads_used = n < columns ? (n + kVector<G> - 1) / kVector<G> : kThreads, used = threads_used * kVector<G>;
-  A hi[columns], lo[columns];
-  for (int i = 0; i < used; ++i) hi[i] = lo[i] = 0;
-  for (int start = 0; start < n; start += columns) {
-    const int width = n - start < columns ? n - start : columns;
-    const W* __restrict w_row = w + start;
-    const G* __restrict g_row = g + start;
+// Sum of squares of T g over one chunk in float64, which costs a CPU nothing, in an order that depends on n only. The
+// hardware's own prefetching ends with every page; here there is one stream to read, and all of it in a known order.
+template <int variant, class W, class G> MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
+  double columns[kColumns] = {};
+  const int used = n < kColumns ? n : kColumns;
+  const auto add = [&](int width) {
     for (int i = 0; i < width; ++i) {
-      Sum<A> s = {hi[i], lo[i]};
-      add_square<exact>(s, A(term<variant, Wide<W>>(widen(w_row[i]), widen(g_row[i]))));
-      hi[i] = s.hi, lo[i] = s.lo;
+      const double x = term<variant, Wide<W>>(widen(w[i]), widen(g[i]));
+      columns[i] += x * x;
     }
+  };
+  for (; n >= kColumns; n -= kColumns, w += kColumns, g += kColumns) {
+    for (int i = 0; i < kColumns * int(sizeof(G)); i += 64) __builtin_prefetch((const char*)g + kAhead + i);
+    add(kColumns);  // a constant, with which g++ makes better code
   }
-  double sums[columns], threads[kThreads];
-  for (int i = 0; i < used; ++i) sums[i] = double(hi[i]) + double(lo[i]);
-  for (int i = 0; i < threads_used; ++i) threads[i] = fold<kVector<G>>(sums + i * kVector<G>);
-  return tree(threads, threads_used);
-}
-
-// float32 sums leave their range beyond gradients of 1e19: such a chunk is summed again in float64.
-template <int variant, class W, class G> double chunk_sum(const W* w, const G* g, int n) {
-  const double sum = sum_squares<Wide<W>, variant>(w, g, n);
-  return is_finite(sum) ? sum : sum_squares<double, variant>(w, g, n);
+  add(n);
+  return tree(columns, used);
 }
 
 template <class W, class G>
 void norm_chunk(const Item<2>& item, const Chunk& c, const NormState& state, int64_t partial, Variant variant) {
   const W* w = (const W*)item.ptr[kW] + c.begin;
   const G* g = (const G*)item.ptr[kG] + c.begin;
-  state.partials[partial] = variant == kElementwise ? chunk_sum<kElementwise>(w, g, c.count) : chunk_sum<kSam>(w, g, c.count);
-  if (variant == kLayerwise) state.partials[state.n_partials + partial] = chunk_sum<kSam>(w, w, c.count);
+  state.partials[partial] = variant == kElementwise ? sum_squares<kElementwise>(w, g, c.count) : sum_squares<kSam>(w, g, c.count);
+  if (variant == kLayerwise) state.partials[state.n_partials + partial] = sum_squares<kSam>(w, w, c.count);
 }
 
 void norm(const NormBatch& batch, const NormState& state, Types types, Variant variant, int64_t begin, int64_t end) {
@@ -87,9 +79,13 @@ void perturb(const PerturbBatch& batch, const double* coefficient, Types types, 
       W* w = (W*)item.ptr[kW] + c.begin;
       const G* g = (const G*)item.ptr[kG] + c.begin;
       const Wide<W> factor = coefficient[batch.first_tensor + c.item];
-      copy((W*)item.ptr[kBackup] + c.begin, w, c.count * sizeof(W), streaming);
-      if (factor == 0) continue;
-      variant == kElementwise ? perturb_block<kElementwise>(w, g, factor, c.count) : perturb_block<kSam>(w, g, factor, c.count);
+      W* backup = (W*)item.ptr[kBackup] + c.begin;
+      const auto block = variant == kElementwise ? perturb_block<kElementwise, W, G> : perturb_block<kSam, W, G>;
+      for (int start = 0; start < c.count; start += kBlock) {
+        const int n = c.count - start < kBlock ? c.count - start : kBlock;
+        copy(backup + start, w + start, n * sizeof(W), streaming);
+        if (factor != 0) block(w + start, g + start, factor, n);
+      }
     }
   });
   drain(streaming);

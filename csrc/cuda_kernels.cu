@@ -68,6 +68,23 @@ __device__ bool last_to_arrive(uint32_t* counter, uint32_t expected, Scratch& sc
   return scratch.last;
 }
 
+// A sum of squares as an unevaluated hi + lo: some 45 bits from float32 operations, as a GPU's float64 units may be too
+// slow (A10G: 1/64 of the rate). Knuth's TwoSum, and the exact error of the square.
+template <class R> struct Sum { R hi, lo; };
+MUP2_FN float square_error(float x, float square) {
+#ifdef MUP2_FMA
+  return fmaf(x, x, -square);
+#else
+  return float(double(x) * double(x) - double(square));  // 48 bits: exact, and so is the rest
+#endif
+}
+template <bool exact> MUP2_FN void add_square(Sum<float>& s, float x) {  // exact: x² is a float, as of 16-bit numbers
+  const float square = x * x, hi = s.hi + square, t = hi - s.hi;
+  s.lo += ((s.hi - (hi - t)) + (square - t)) + (exact ? 0 : square_error(x, square));
+  s.hi = hi;
+}
+template <bool> MUP2_FN void add_square(Sum<double>& s, double x) { s.hi += x * x; }
+
 template <class A, int variant, class W, class G>
 __device__ double sum_squares(const W* w, const G* g, int n, bool aligned, Scratch& scratch) {
   constexpr int V = kVector<G>;

@@ -26,7 +26,7 @@ constexpr double kEps = 1e-12;
 #ifndef MUP2_THREADS
 #define MUP2_THREADS 256  // sanitizers take fewer
 #endif
-constexpr int kThreads = MUP2_THREADS;  // partial sums per chunk: threads of a CUDA block, columns of the CPU loop
+constexpr int kThreads = MUP2_THREADS;  // of a CUDA block
 constexpr int kWarp = 32;
 constexpr int kChunk = 8192;            // elements per block: ResNet-18 already gives an H100 1,400 of them
 constexpr int kVectorBytes = 16;        // one memory access of a CUDA thread
@@ -128,23 +128,6 @@ MUP2_FN double power(double x, int64_t n) {
     if (n & 1) result *= x;
   return result;
 }
-
-// A sum of squares as an unevaluated hi + lo: some 45 bits from float32 operations, as a GPU's float64 units may be too
-// slow (A10G: 1/64 of the rate). Knuth's TwoSum, and the exact error of the square.
-template <class R> struct Sum { R hi, lo; };
-MUP2_FN float square_error(float x, float square) {
-#ifdef MUP2_FMA
-  return fmaf(x, x, -square);
-#else
-  return float(double(x) * double(x) - double(square));  // 48 bits: exact, and so is the rest
-#endif
-}
-template <bool exact> MUP2_FN void add_square(Sum<float>& s, float x) {  // exact: x² is a float, as of 16-bit numbers
-  const float square = x * x, hi = s.hi + square, t = hi - s.hi;
-  s.lo += ((s.hi - (hi - t)) + (square - t)) + (exact ? 0 : square_error(x, square));
-  s.hi = hi;
-}
-template <bool> MUP2_FN void add_square(Sum<double>& s, double x) { s.hi += x * x; }
 
 template <int variant, class R> MUP2_FN R term(R w, R g) { return variant == kElementwise ? g * magnitude(w) : g; }
 
