@@ -621,7 +621,6 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {what}")
 
     @_uncompiled
-    @torch.no_grad()
     def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
         """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
 
@@ -635,6 +634,7 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @torch.no_grad()
     def _climb(self, process_group: Any) -> None:
         """Perturb every perturbed parameter that has a gradient, and keep its weights."""
         self._place_gradients()
@@ -703,7 +703,6 @@ class SAM(torch.optim.Optimizer):
         self._backup = None
 
     @_uncompiled
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One SAM step. closure: zero_grad, forward, backward, return loss; it runs twice, the first loss is returned.
 
@@ -752,6 +751,7 @@ class SAM(torch.optim.Optimizer):
     def _gradient_norm(gradients: list[Tensor]) -> Tensor:
         return joint_norm([(_values(g), _values(g), 1.0) for g in gradients], "sam")
 
+    @torch.no_grad()
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore, undo the scale of the loss, and update unless a gradient is not finite."""
         self.restore()

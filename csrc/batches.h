@@ -52,11 +52,11 @@ void in_batches(const E* begin, const E* end, const std::vector<typename B::Grou
     const Types types = e->types;
     batch.n_items = batch.n_groups = batch.n_chunks = 0;
     batch.first_tensor = e - begin, batch.first_partial = partials;
+    int group = 0, last = -1;  // the groups' number of the last entry
     for (; e != end && batch.n_items < B::kCapacity && e->types.w == types.w && e->types.g == types.g; ++e) {
       if (batch.n_chunks && batch.n_chunks + chunks_of(e->numel) > INT32_MAX) break;  // blocks of a grid
-      int group = 0;
       if constexpr (!std::is_same_v<typename B::GroupType, None>)
-        if ((group = group_in(batch, groups[e->group])) < 0) break;
+        if (e->group != last && (group = group_in(batch, groups[last = e->group])) < 0) break;
       append(batch, *e, group);
     }
     partials += batch.n_chunks;

@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -56,8 +57,17 @@ void check_device(const Tensor& t) {
   TORCH_CHECK(ours, "mup2_fused runs on the CPU and on CUDA, not on ", t.device(), "; mup2_ref.SAM runs there");
 }
 
+bool equal(at::IntArrayRef a, at::IntArrayRef b) {  // that of ArrayRef is a call of memcmp
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
 bool same_order(const Tensor& a, const Tensor& b) {
-  return a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous());
+  return equal(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous());
+}
+bool overlaps_itself(const Tensor& t) {
+  return !t.is_non_overlapping_and_dense() && at::has_internal_overlap(t) == at::MemOverlap::Yes;
 }
 
 // One parameter in one launch. Tensors whose elements do not lie as the parameter's do are copied into its order, and the
@@ -71,15 +81,17 @@ struct DeviceEntry : Entry {
 class Entries {
  public:
   std::vector<DeviceEntry> list;
+  explicit Entries(size_t expected = 0) { list.reserve(expected); }
 
-  // All tensors of an entry get the strides of w, or if that has gaps those of a contiguous tensor.
+  // All tensors of an entry get the strides of w, or if that has gaps those of a contiguous tensor. w must exist until the
+  // last set(): a reference counted for every tensor takes longer than the rest.
   DeviceEntry& add(const Tensor& w, int group) {
     list.emplace_back();
     DeviceEntry& e = list.back();
     check_device(w);
     e.numel = w.numel(), e.group = group, e.device = w.device();
     e.types = {type_of(w), type_of(w)};
-    order_ = w.is_non_overlapping_and_dense() ? w : at::empty_like(w, at::MemoryFormat::Contiguous);
+    order_ = w.is_non_overlapping_and_dense() ? &w : &(contiguous_ = at::empty_like(w, at::MemoryFormat::Contiguous));
     set(kW, w, true);
     return e;
   }
@@ -89,7 +101,8 @@ class Entries {
       copies_.push_back({{}, at::zeros({}, like.options()), false});  // keeps it
       return copies_.back().copy;
     };
-    add(zero(w), group);
+    const Tensor zero_w = zero(w);
+    add(zero_w, group);
     set(kG, zero(g), false);
     for (int which : {kBackup, kM, kV}) set(which, zero(w), false);
     list.back().ptr[kSteps] = zero(at::empty({}, w.options().dtype(at::kFloat))).data_ptr();
@@ -97,24 +110,26 @@ class Entries {
   }
   void set(int which, const Tensor& t, bool written) {
     DeviceEntry& e = list.back();
-    TORCH_CHECK(t.sizes() == order_.sizes() && t.device() == e.device, "a tensor of shape ", t.sizes(), " on ", t.device(),
-                " belongs to a parameter of shape ", order_.sizes(), " on ", e.device);
-    if (which == kG) {
+    TORCH_CHECK(equal(t.sizes(), order_->sizes()) && t.device() == e.device, "a tensor of shape ", t.sizes(), " on ", t.device(),
+                " belongs to a parameter of shape ", order_->sizes(), " on ", e.device);
+    if (t.scalar_type() == order_->scalar_type()) {
+      // e.types say so already
+    } else if (which == kG) {
       e.types.g = type_of(t);
       TORCH_CHECK_TYPE(e.types.g == e.types.w || e.types.g == kF32, "a gradient is ", t.scalar_type(),
                        ", its parameter another type; only float32 gradients may differ");
     } else {
-      TORCH_CHECK_TYPE(type_of(t) == e.types.w, "a state tensor is ", t.scalar_type(), ", its parameter another type");
+      TORCH_CHECK_TYPE(false, "a state tensor is ", t.scalar_type(), ", its parameter another type");
     }
-    TORCH_CHECK(!written || at::has_internal_overlap(t) != at::MemOverlap::Yes, "a tensor that is written has several elements "
+    TORCH_CHECK(!written || !overlaps_itself(t), "a tensor that is written has several elements "
                 "in one place (shape ", t.sizes(), ", strides ", t.strides(), "): clone() it");
     if (t.numel() == 0) {
       static char nothing;
       e.ptr[which] = &nothing;  // takes part, with no chunk
-    } else if (same_order(t, order_) && !t.is_neg()) {
+    } else if (same_order(t, *order_) && !t.is_neg()) {
       e.ptr[which] = t.data_ptr();
     } else {
-      Tensor copy = at::empty_strided(order_.sizes(), order_.strides(), t.options());
+      Tensor copy = at::empty_strided(order_->sizes(), order_->strides(), t.options());
       copy.copy_(t);
       e.ptr[which] = copy.data_ptr();
       copies_.push_back({t, copy, written});
@@ -134,7 +149,8 @@ class Entries {
  private:
   struct Copy { Tensor tensor, copy; bool written; };
   std::vector<Copy> copies_;
-  Tensor order_;
+  Tensor contiguous_;
+  const Tensor* order_ = nullptr;
 };
 
 // ---------------------------------------------------------------------------------------------- entries to launches
@@ -354,22 +370,34 @@ bool plain(const Tensor& t) {
 }
 
 // Whether two of the tensors may share memory: then one must be done with before the next, and no launch does that.
-bool may_overlap(const std::vector<const Tensor*>& tensors) {
-  std::vector<std::pair<const char*, const char*>> ranges;
-  for (const Tensor* whole : tensors) {
-    const Tensor& t = local(*whole);
-    if (t.numel() == 0) continue;
-    if (at::has_internal_overlap(t) == at::MemOverlap::Yes) return true;
-    int64_t extent = 1;
-    for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
-    const char* begin = (const char*)t.data_ptr();
-    ranges.emplace_back(begin, begin + extent * t.itemsize());
+class Overlap {
+ public:
+  bool among(const std::vector<const Tensor*>& tensors) {
+    ranges_.clear();
+    for (const Tensor* whole : tensors) {
+      const Tensor& t = local(*whole);
+      if (t.numel() == 0) continue;
+      if (overlaps_itself(t)) return true;
+      int64_t extent = t.numel();
+      if (!t.is_non_overlapping_and_dense()) {
+        extent = 1;
+        for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
+      }
+      const char* begin = (const char*)t.data_ptr();
+      ranges_.emplace_back(begin, begin + extent * t.itemsize());
+    }
+    if (ranges_ == known_) return answer_;  // parameters rarely move
+    known_ = ranges_;
+    std::sort(ranges_.begin(), ranges_.end());
+    answer_ = false;
+    for (size_t i = 1; i < ranges_.size(); ++i) answer_ |= ranges_[i].first < ranges_[i - 1].second;
+    return answer_;
   }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i)
-    if (ranges[i].first < ranges[i - 1].second) return true;
-  return false;
-}
+
+ private:
+  std::vector<std::pair<const char*, const char*>> ranges_, known_;
+  bool answer_ = false;
+};
 
 // optimizer.state[parameter], in the order in which optimizers fill it: hashing a parameter calls Python.
 class States {
@@ -398,11 +426,13 @@ class Plan {
   // reduce(sums, rows), if not None: called once per device, adds in place to each of the sums those of other processes;
   // row k belongs to perturbed parameter rows[k].
   bool climb(const py::object& optimizer, const py::object& reduce) {
+    const at::NoGradGuard no_grad;
     const Variant variant = variant_of(optimizer.attr("variant").cast<std::string>());
     const py::list groups = optimizer.attr("param_groups");
-    Entries entries;
+    Entries entries(backups_.size());
     std::vector<Radius> radii;
     std::vector<const Tensor*> changed;
+    changed.reserve(backups_.size());
     size_t n = 0;
     for (py::handle group : groups) {
       const double rho = get(group, KEY("rho")).cast<double>();
@@ -424,7 +454,7 @@ class Plan {
         entries.set(kBackup, backup, true);
       }
     }
-    if (may_overlap(changed)) return false;
+    if (perturbed_.among(changed)) return false;
     if (backups_.size() > n) PyList_SetSlice(backups_.ptr(), n, PyList_GET_SIZE(backups_.ptr()), nullptr);
     for (const Tensor* w : changed) bump(*w);
     run_climb(entries, radii, variant, reduce);
@@ -441,12 +471,14 @@ class Plan {
   bool descend(const py::object& optimizer, const std::string& method, const py::function& create,
                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool skip_nonfinite,
                const py::object& share) {
+    const at::NoGradGuard no_grad;
     decoupled_ = method == "adamw";  // torch before 2.7 does not say it in the groups
     return method == "sgd" ? descend_with<Sgd>(optimizer, create, grad_scale, found_inf, skip_nonfinite, share)
                            : descend_with<Adam>(optimizer, create, grad_scale, found_inf, skip_nonfinite, share);
   }
 
   void restore(const py::list& backups) {
+    const at::NoGradGuard no_grad;
     Entries entries;
     for (py::handle pair : backups) {
       const Tensor& p = unpack(PyTuple_GET_ITEM(pair.ptr(), 0));
@@ -570,8 +602,8 @@ class Plan {
       }
     }
     if (!work) return false;  // no kernel would run, and none count a step that is skipped
-    if (n < backups.size() || may_overlap(changed)) return false;  // n: groups have changed between the passes
-    Entries entries;
+    if (n < backups.size() || updated_.among(changed)) return false;  // n: groups have changed between the passes
+    Entries entries(updates.size());
     for (Update& u : updates) {
       entries.add(*u.w, u.group);
       if (u.backup) entries.set(kBackup, *u.backup, false);
@@ -633,29 +665,33 @@ class Plan {
     return read_lr(group, h);
   }
 
-  static bool has(py::handle state, py::handle key) {
+  // state[key], or null if that is absent or None.
+  static py::handle find(py::handle state, py::handle key) {
     const py::handle found = state ? get(state, key) : py::handle();
-    return found && !found.is_none();
+    return found && found.is_none() ? py::handle() : found;
   }
   // With dampening the first momentum is the gradient, unless that step is skipped: torch's own code makes it.
-  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.momentum == 0 || h.dampening == 0 || has(state, KEY("momentum_buffer")); }
+  static bool fits(const Sgd::Hyper& h, py::handle state) { return h.momentum == 0 || h.dampening == 0 || find(state, KEY("momentum_buffer")); }
   static bool fits(const Adam::Hyper&, py::handle) { return true; }
 
   void add_state(Entries& entries, const Sgd::Hyper& h, const Update& u, const py::function& create) {
     if (h.momentum == 0) return;
-    py::object state = py::reinterpret_borrow<py::object>(u.state);
-    if (!has(state, KEY("momentum_buffer"))) state = create(u.parameter, py::make_tuple("momentum_buffer"));
-    entries.set(kM, local(unpack(get(state, KEY("momentum_buffer")))), true);
+    py::handle momentum = find(u.state, KEY("momentum_buffer"));
+    if (!momentum) momentum = get(create(u.parameter, py::make_tuple("momentum_buffer")), KEY("momentum_buffer"));
+    entries.set(kM, local(unpack(momentum)), true);
   }
   void add_state(Entries& entries, const Adam::Hyper&, const Update& u, const py::function& create) {
-    py::object state = py::reinterpret_borrow<py::object>(u.state);
-    if (!has(state, KEY("exp_avg"))) state = create(u.parameter, py::make_tuple("step", "exp_avg", "exp_avg_sq"));
+    py::handle state = u.state;
+    if (!find(state, KEY("exp_avg"))) state = create(u.parameter, py::make_tuple("step", "exp_avg", "exp_avg_sq"));
     entries.set(kM, local(unpack(get(state, KEY("exp_avg")))), true);
     entries.set(kV, local(unpack(get(state, KEY("exp_avg_sq")))), true);
-    const Tensor& step = unpack(get(state, KEY("step")));
-    if (step.device() != u.w->device() || step.scalar_type() != at::kFloat)
-      state["step"] = step.to(u.w->device(), at::kFloat).clone();
-    entries.list.back().ptr[kSteps] = floats(unpack(get(state, KEY("step"))));
+    py::handle step = get(state, KEY("step"));
+    const Tensor& t = unpack(step);
+    if (t.device() != u.w->device() || t.scalar_type() != at::kFloat) {
+      state[KEY("step")] = t.to(u.w->device(), at::kFloat).clone();
+      step = get(state, KEY("step"));
+    }
+    entries.list.back().ptr[kSteps] = floats(unpack(step));
   }
 
   template <class Method>
@@ -691,6 +727,7 @@ class Plan {
   }
 
   py::list backups_;
+  Overlap perturbed_, updated_;
   Workspaces workspaces_{device_order}, second_{device_order};
   std::map<at::Device, std::vector<int>, bool (*)(at::Device, at::Device)> order_{device_order};
   at::Device lr_device_ = at::kCPU;

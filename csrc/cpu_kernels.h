@@ -28,6 +28,16 @@ inline void drain(bool streaming) {
 #endif
 }
 
+// f(i, chunk number i) for chunks [begin, end) of a batch.
+template <class B, class F> void each_chunk(const B& batch, int64_t begin, int64_t end, F f) {
+  if (begin == end) return;
+  uint32_t item = locate(batch, begin).item;
+  for (int64_t i = begin; i < end; ++i) {
+    while (item + 1 < batch.n_items && batch.items[item + 1].first_chunk <= i) ++item;
+    f(i, chunk_of(batch, item, i));
+  }
+}
+
 // Sum of squares of T g over one chunk in float64, which costs a CPU nothing, in an order that depends on n only. The
 // hardware's own prefetching ends with every page; here there is one stream to read, and all of it in a known order.
 template <int variant, class W, class G> MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
@@ -57,10 +67,9 @@ void norm_chunk(const Item<2>& item, const Chunk& c, const NormState& state, int
 
 void norm(const NormBatch& batch, const NormState& state, Types types, Variant variant, int64_t begin, int64_t end) {
   with_types(types, [&](auto w, auto g) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Chunk c = locate(batch, i);
+    each_chunk(batch, begin, end, [&](int64_t i, const Chunk& c) {
       norm_chunk<decltype(w), decltype(g)>(batch.items[c.item], c, state, batch.first_partial + i, variant);
-    }
+    });
   });
 }
 
@@ -73,8 +82,7 @@ void perturb(const PerturbBatch& batch, const double* coefficient, Types types, 
   with_types(types, [&](auto w_type, auto g_type) {
     using W = decltype(w_type);
     using G = decltype(g_type);
-    for (int64_t i = begin; i < end; ++i) {
-      const Chunk c = locate(batch, i);
+    each_chunk(batch, begin, end, [&](int64_t, const Chunk& c) {
       const Item<3>& item = batch.items[c.item];
       W* w = (W*)item.ptr[kW] + c.begin;
       const G* g = (const G*)item.ptr[kG] + c.begin;
@@ -86,7 +94,7 @@ void perturb(const PerturbBatch& batch, const double* coefficient, Types types, 
         copy(backup + start, w + start, n * sizeof(W), streaming);
         if (factor != 0) block(w + start, g + start, factor, n);
       }
-    }
+    });
   });
   drain(streaming);
 }
@@ -132,8 +140,9 @@ void update_chunk(const UpdateBatch<Method>& batch, const Control& control, cons
 template <class Method>
 void update(const UpdateBatch<Method>& batch, const Control& control, Types types, bool streaming, int64_t begin, int64_t end) {
   with_types(types, [&](auto w, auto g) {
-    for (int64_t i = begin; i < end; ++i)
-      update_chunk<Method, decltype(w), decltype(g)>(batch, control, locate(batch, i), streaming);
+    each_chunk(batch, begin, end, [&](int64_t, const Chunk& c) {
+      update_chunk<Method, decltype(w), decltype(g)>(batch, control, c, streaming);
+    });
   });
   drain(streaming);
 }

@@ -238,16 +238,21 @@ struct Chunk {
   int count;
 };
 
-// Which elements of which tensor chunk number `chunk` of a launch covers: the last item that starts at or before it.
+// Chunk number `chunk` of a launch, which belongs to that item.
+template <class B> MUP2_FN Chunk chunk_of(const B& batch, uint32_t item, uint32_t chunk) {
+  const uint32_t first = batch.items[item].first_chunk;
+  const uint32_t end = item + 1 < batch.n_items ? batch.items[item + 1].first_chunk : batch.n_chunks;
+  return {item, end - first, int64_t(chunk - first) * kChunk, chunk + 1 == end ? batch.items[item].tail : kChunk};
+}
+
+// The same, found: the last item that starts at or before it.
 template <class B> MUP2_FN Chunk locate(const B& batch, uint32_t chunk) {
   uint32_t low = 0, high = batch.n_items;  // items[low].first_chunk <= chunk < items[high].first_chunk
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
     (batch.items[middle].first_chunk <= chunk ? low : high) = middle;
   }
-  const uint32_t end = high < batch.n_items ? batch.items[high].first_chunk : batch.n_chunks;
-  const int64_t begin = int64_t(chunk - batch.items[low].first_chunk) * kChunk;
-  return {low, end - batch.items[low].first_chunk, begin, chunk + 1 == end ? batch.items[low].tail : kChunk};
+  return chunk_of(batch, low, chunk);
 }
 
 // ------------------------------------------------------------------------------------------------ norm and phases

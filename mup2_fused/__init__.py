@@ -128,7 +128,6 @@ class SAM(mup2_ref.SAM):
             super()._climb(process_group)
 
     @mup2_ref._uncompiled
-    @torch.no_grad()
     def restore(self) -> None:
         if self._backup is not None:
             self._plan.restore(self._backup)
