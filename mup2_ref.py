@@ -708,8 +708,8 @@ class SAM(torch.optim.Optimizer):
 
         Without closure this is second_step(). Raises RuntimeError when called in the wrong phase.
         """
-        loss = None
-        with self._scaler() as (scale, found_inf):
+        loss, scale, found_inf = None, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        try:
             if closure is not None:
                 self._require_restored("step(closure)")
                 if found_inf is not None:
@@ -727,8 +727,15 @@ class SAM(torch.optim.Optimizer):
                 return None
             elif self._backup is None:
                 raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
-            with self._restored_on_error():
+            try:
                 self._descend(scale, found_inf)
+            except BaseException:
+                self.restore()
+                raise
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # set by GradScaler.step, which leaves them when the step fails
+                vars(self).pop(name, None)
+            raise
         return loss
 
     def _only_makes_state(self) -> bool:
@@ -765,16 +772,6 @@ class SAM(torch.optim.Optimizer):
             self.skipped_steps += 1
         else:
             self.base_optimizer.step()
-
-    @contextmanager
-    def _scaler(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """(grad_scale, found_inf) as GradScaler.step sets them; it does not remove them when the step fails."""
-        try:
-            yield getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        except BaseException:
-            vars(self).pop("grad_scale", None)
-            vars(self).pop("found_inf", None)
-            raise
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:

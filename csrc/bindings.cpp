@@ -187,7 +187,30 @@ bool streams(const DeviceEntry* begin, const DeviceEntry* end) {
   for (const DeviceEntry* e = begin; e != end; ++e) bytes += e->numel * (e->types.w == kF64 ? 8 : e->types.w == kF32 ? 4 : 2);
   return 3 * bytes > cache;  // w, g and the backup
 }
-constexpr int64_t kGrain = 4;  // chunks; fewer are not worth another thread
+
+constexpr int64_t kGrain = 1 << 14;      // elements; fewer are not worth another thread
+constexpr int64_t kFull = kChunk + 128;  // cost of a full chunk in elements: any chunk takes as long as so many more
+
+// f(begin, end) for chunks of a batch, on as many threads as pay, which get equal work: a model may have one large tensor
+// and a hundred that are a chunk each.
+template <class B, class F> void in_parallel(const B& batch, F f) {
+  const auto work_of = [&](uint32_t i) -> int64_t {
+    const uint32_t end = i + 1 < batch.n_items ? batch.items[i + 1].first_chunk : batch.n_chunks;
+    return (end - batch.items[i].first_chunk) * kFull + batch.items[i].tail - kChunk;
+  };
+  int64_t work = 0;
+  for (uint32_t i = 0; i < batch.n_items; ++i) work += work_of(i);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (work + kGrain - 1) / kGrain);
+  if (threads < 2) return f(0, batch.n_chunks);
+  const auto chunk_at = [&](int64_t target) -> int64_t {  // the first one before which so much work lies
+    for (uint32_t i = 0; i < batch.n_items; ++i) {
+      if (target < work_of(i)) return batch.items[i].first_chunk + (target + kFull - 1) / kFull;
+      target -= work_of(i);
+    }
+    return batch.n_chunks;
+  };
+  at::parallel_for(0, threads, 1, [&](int64_t a, int64_t b) { f(chunk_at(work * a / threads), chunk_at(work * b / threads)); });
+}
 
 #ifdef MUP2_CUDA
 void* stream_of(at::Device d) { return c10::cuda::getCurrentCUDAStream(d.index()).stream(); }
@@ -240,7 +263,7 @@ void norm(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<Ra
   const at::Device device = begin->device;
   in_batches<NormBatch>(begin, end, radii, [&](const NormBatch& batch, Types types) {
     if (is_cuda(device)) MUP2_ON_CUDA(cuda_norm(batch, s, types, variant, stream_of(device)));
-    at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) { cpu().norm(batch, s, types, variant, a, b); });
+    in_parallel(batch, [&](int64_t a, int64_t b) { cpu().norm(batch, s, types, variant, a, b); });
     for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, s, variant == kLayerwise);
   });
   if (!is_cuda(device)) finish_all(s, ordered_sum(s.contribution, tensors));
@@ -263,7 +286,7 @@ void perturb(const DeviceEntry* begin, const DeviceEntry* end, const double* coe
   const bool streaming = streams(begin, end);
   in_batches<PerturbBatch>(begin, end, {}, [&](const PerturbBatch& batch, Types types) {
     if (is_cuda(device)) MUP2_ON_CUDA(cuda_perturb(batch, coefficient, types, variant, stream_of(device)));
-    at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) {
+    in_parallel(batch, [&](int64_t a, int64_t b) {
       cpu().perturb(batch, coefficient, types, variant, streaming, a, b);
     });
   });
@@ -278,7 +301,7 @@ void update(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<
     const Control now = launch_control;
     if (batch.n_chunks) launch_control.skipped = nullptr;  // the first launch counts for all
     if (is_cuda(device)) MUP2_ON_CUDA(cuda_update(batch, now, types, stream_of(device)));
-    at::parallel_for(0, batch.n_chunks, kGrain, [&](int64_t a, int64_t b) {
+    in_parallel(batch, [&](int64_t a, int64_t b) {
       if constexpr (std::is_same_v<Method, Sgd>)
         cpu().sgd(batch, now, types, streaming, a, b);
       else

@@ -122,8 +122,11 @@ class SAM(mup2_ref.SAM):
             reduce = partial(self._reduce, process_group)
             fused = any(p.numel() for p, _ in self._perturbed())  # or nothing would be reduced in this process
         if fused:
-            with self._restored_on_error():
+            try:
                 fused = self._plan.climb(self, reduce)
+            except BaseException:
+                self.restore()
+                raise
         if not fused:  # parameters share memory, or something is wrong with a gradient
             super()._climb(process_group)
 
