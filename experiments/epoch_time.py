@@ -129,6 +129,7 @@ def measure_way(way: str, args: argparse.Namespace, steps: int) -> dict[str, Any
     cuda = is_cuda(args.device)
     gc.collect()  # what the last way has left
     if cuda:
+        torch.cuda.init()  # or there are no statistics to reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
     _, optimizer, train, batch = build(way, args)
@@ -227,7 +228,7 @@ def read_rows(path: Path, device: str) -> dict[tuple, dict[str, Any]]:
     return {key(row): row for row in found["rows"]} if found["device"] == device else {}
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--presets", nargs="+", choices=vision.PRESETS, default=PAPER)
@@ -237,7 +238,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--amp", choices=vision.AMP, default="none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, nargs="?", const=Path(), help="write JSON; default results/epoch_time_DEVICE.json")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     if is_cuda(args.device) and not torch.cuda.is_available():
         print(f"error: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
