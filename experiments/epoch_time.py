@@ -101,7 +101,7 @@ def build(way: str, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Op
 
 
 def step_times(train: Training, batch: tuple[Tensor, Tensor], steps: int) -> list[float]:
-    """Seconds of every step, after a few that are not timed."""
+    """Seconds of every step, after a few that are not timed. Raises RuntimeError if the loss is not finite."""
     watch = Stopwatch(batch[0].is_cuda)
 
     def batches():
@@ -110,7 +110,8 @@ def step_times(train: Training, batch: tuple[Tensor, Tensor], steps: int) -> lis
             yield batch
         watch.mark()
 
-    train(batches())
+    if not train(batches()).isfinite():
+        raise RuntimeError("the loss is not finite, and SAM's steps without an update are not those to time")
     return watch.seconds()[WARMUP:]
 
 

@@ -164,11 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 WIDTH = {"resnet18": 64, "vit": 384, "mlp": 256}  # at width multiplier 1
-GAIN = {
-    "resnet18": 2**0.5,
-    "vit": 1.0,
-    "mlp": 2**0.5,
-}  # of the initial weights, as in mup2_ref.init_; for ReLU, and ours
+GAIN = {"resnet18": 2**0.5, "vit": 1.0, "mlp": 2**0.5}  # of the weights at the start; sqrt(2) for ReLU, and ours
 OUTPUT = {"resnet18": "head.weight", "vit": "head.weight", "mlp": "layers.2.weight"}
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 VARIANTS = ("none", "sam", "sam-on", "elementwise", "layerwise")

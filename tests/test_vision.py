@@ -901,6 +901,11 @@ def test_timed_steps_are_the_same_training(flags, amp, monkeypatch):
     assert not any(map(torch.equal, weights["base"], weights["fused"][: len(list(model.parameters()))]))
 
 
+def test_steps_without_an_update_are_not_timed():
+    row = epoch_time.measure(["--preset", "mlp-cifar10", "--batch-size", "8", "--device", "cpu", "--lr", "1e30"], 3)
+    assert all("the loss is not finite" in way["error"] for way in row["ways"].values()) and len(row["ways"]) == 3
+
+
 @pytest.mark.cuda
 def test_timing_on_the_gpu(capsys):
     """All four ways; the clock does not make the host wait, but the reference does."""
