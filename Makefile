@@ -3,6 +3,7 @@
 # These set up .venv first; with PYTHON=... they use that interpreter and its packages and install nothing.
 # make cuda: build, link and import against a CUDA build of torch, in .venv-cuda; needs nvcc, but no GPU.
 # make gpu: build, test and time on a machine with an NVIDIA GPU, with PYTHON or python3 and the torch that it has.
+# make gpu-training: time training steps there, and train the transfer experiment on wide networks as far as it gets.
 
 ifdef PYTHON
 READY :=
@@ -36,10 +37,13 @@ cuda:
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
+gpu-training:
+	$(GPU_PYTHON) benchmarks/gpu.py --training
+
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*) tests/constraints.txt
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --constraint tests/constraints.txt setuptools wheel ninja pybind11 torch
 	.venv/bin/pip install --quiet --constraint tests/constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 
-.PHONY: demo test bench cuda gpu
+.PHONY: demo test bench cuda gpu gpu-training

@@ -4,6 +4,9 @@ Builds the extension for this GPU, runs the CUDA tests, looks for errors of memo
 graph and times steps. It needs a torch with CUDA and a CUDA toolkit; what else is missing is skipped and reported. Each
 stage is a process with a time limit, and what it does not use is left to those after it. Exit status 1: a stage failed,
 or there is no GPU. --dry-run lists the stages. Their output goes to gpu.log in $OUT or benchmarks/results/gpu-logs.
+
+make gpu-training, or --training, in under ten minutes: times whole training steps, then trains the paper's Figure 1 as
+far as it gets; the next call goes on. What is new in experiments/results is copied to $OUT.
 """
 
 import argparse
@@ -35,9 +38,11 @@ sys.path[:0] = [str(ROOT)]
 class Stage(NamedTuple):
     name: str
     command: list[str]
-    seconds: int  # of all stages, less than 480
+    seconds: int  # of all stages, less than 480; for training, less than 580
     needs: tuple[str, ...] = ()  # modules and tools
     env: dict[str, str] | None = None
+    report: bool = False  # all that it prints is wanted
+    resumes: bool = False  # what time does not suffice for is left to the next call
 
 
 def find_tool(name: str) -> str | None:
@@ -64,7 +69,25 @@ def stages(architecture: str) -> list[Stage]:
         Stage("racecheck", [*check, "racecheck", *me, "--small-case"], 45, (tool,)),
         Stage("launches", [*me, "--count-launches"], 20),
         Stage("graph", [*me, "--graph"], 20),
-        Stage("benchmark", [*python, "benchmarks/step_time.py", *timing], 95),
+        Stage("benchmark", [*python, "benchmarks/step_time.py", *timing], 95, report=True),
+    ]
+
+
+def training_stages(architecture: str) -> list[Stage]:
+    build, python, modules = stages(architecture)[0], [sys.executable], ("numpy", "tqdm")
+    tests = ["tests/test_experiments.py", "tests/test_vision.py"]
+    steps = [*python, "experiments/epoch_time.py", "--device", "cuda", "--out", "--steps"]
+    mlp = [*steps, "200", "--presets", "mlp-cifar10", "--width-multipliers", "1", "4", "16"]  # widths 256, 1024, 4096
+    batch = ["30", "--batch-size", "128", "--width-multipliers", "1", "--presets"]
+    figure = [*python, "experiments/transfer.py", "--device", "cuda", "--graph", "--widths", "256", "1024", "4096"]
+    figure += ["--seeds", "3", "--slice-seeds", "0", "--jobs", "3", "--name", "transfer_mnist1d_gpu"]
+    return [
+        build,
+        Stage("tests", [*python, "-m", "pytest", "-q", "-m", "cuda", *tests], 60, ("pytest", "sklearn", *modules)),
+        Stage("mlp", mlp, 40, modules, report=True),
+        Stage("resnet18", [*steps, *batch, "resnet18-cifar10"], 40, modules, report=True),
+        Stage("vit", [*steps, *batch, "vit-s16-imagenet", "--amp", "bf16"], 40, modules, report=True),
+        Stage("figure", figure, 240, ("matplotlib", *modules), resumes=True),
     ]
 
 
@@ -88,21 +111,31 @@ def run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
         lines = file.read().splitlines()
     if stage.name == "tests" and status == 5:
         return "skipped", "no test is marked cuda"
-    shown = lines if stage.name == "benchmark" else lines[-25:] if status else lines[-3:]
+    shown = lines if stage.report else lines[-25:] if status else lines[-3:]
     print("\n".join(shown), flush=True)
+    if stage.resumes and reason.startswith("not done"):
+        return "to go on", reason
     return ("failed", reason) if status else ("ok", "")
 
 
-def run_all(architecture: str) -> int:
+def keep_results(since: float) -> None:
+    """Copy what is new since then, in seconds of time.time(), to $OUT, if there is one: a later stage may be killed."""
+    for path in (ROOT / "experiments" / "results").iterdir():
+        if os.environ.get("OUT") and path.is_file() and path.stat().st_mtime >= since:
+            shutil.copy(path, os.environ["OUT"])
+
+
+def run_all(todo: list[Stage]) -> int:
     logs = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu-logs")
     logs.mkdir(parents=True, exist_ok=True)
     (logs / "gpu.log").write_text("")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    begin, deadline, summary, failed = time.monotonic(), 0, [], 0
-    for stage in stages(architecture):
+    begin, deadline, summary, failed, since = time.monotonic(), 0, [], 0, time.time()
+    for stage in todo:
         print(f"\n-- {stage.name}", flush=True)
         deadline, start = deadline + stage.seconds, time.monotonic()
         outcome, reason = run(stage, begin + deadline - start, logs / "gpu.log")
+        keep_results(since)
         summary.append(f"{stage.name:<10} {outcome:<8} {time.monotonic() - start:4.0f} s  {reason}")
         failed += outcome == "failed"
     print("\n" + "\n".join(summary))
@@ -193,12 +226,14 @@ def graph() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="only print what would run")
+    parser.add_argument("--training", action="store_true", help="the second list: training steps, and Figure 1")
     for function in (small_case, count_launches, graph):
         option = f"--{function.__name__.replace('_', '-')}"
         parser.add_argument(option, action="store_const", const=function, dest="part", help="one stage's part")
     args = parser.parse_args()
+    chosen = training_stages if args.training else stages
     if args.dry_run:
-        for stage in stages("of this GPU"):
+        for stage in chosen("of this GPU"):
             env = "".join(f"{key}={shlex.quote(value)} " for key, value in (stage.env or {}).items())
             print(f"{stage.name:<10} {stage.seconds:>4} s  {env}{shlex.join(stage.command)}")
         return 0
@@ -208,7 +243,7 @@ def main() -> int:
     if args.part:
         args.part()
         return 0
-    return run_all("{}.{}".format(*torch.cuda.get_device_capability()))
+    return run_all(chosen("{}.{}".format(*torch.cuda.get_device_capability())))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,32 @@
-"""Table G.3 of the paper: the training time of one epoch, by model and width, with the base optimizer and with SAM.
+"""Table G.3 of the paper: the time of training steps, and of an epoch, with the base optimizer and with SAM.
 
     python experiments/epoch_time.py                                                   on the GPU, if there is one
     python experiments/epoch_time.py --presets resnet18-digits --width-multipliers 0.125 0.25 --out
 
-Times training steps on one synthetic batch that is already on the device, in the shape of the preset's data set, and
-multiplies the median by the number of steps in an epoch of the real one: reading and augmenting data, and evaluation,
-are not in it.
+Times whole training steps in up to four ways: the base optimizer alone, SAM by mup2_ref, SAM by mup2_fused, and the
+latter captured as a CUDA graph. They take one synthetic batch that is already on the device, in the shape of the
+preset's data set; an epoch is the median times the number of steps in one of the real data set: reading and augmenting
+data, and evaluation, are not in it. With --out each finished row goes to the file at once, beside those of other
+presets, widths, batch sizes and precisions that are there.
 """
 
 import argparse
+import functools
+import gc
+import json
 import math
 import re
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import data as datasets
@@ -27,71 +35,201 @@ import vision
 
 PAPER = ["resnet18-cifar10", "vit-s4-cifar100", "vit-s16-imagenet"]
 WARMUP = 3  # steps: memory is allocated, kernels are chosen
+WAYS = {  # to take a step: vision.py's flags, and what the table calls it
+    "base": (["--variant", "none"], "base optimizer"),
+    "reference": (["--variant", "sam", "--reference"], "SAM, reference"),
+    "fused": (["--variant", "sam"], "SAM, fused"),
+    "graph": (["--variant", "sam"], "SAM, fused, CUDA graph"),
+}
+Training = Callable[[Iterable[tuple[Tensor, Tensor]]], Tensor]  # train_epoch, as a function of batches alone
 
 
-def step_times(args: argparse.Namespace, steps: int) -> tuple[list[float], int]:
-    """(seconds of every timed step, parameters of the model) of a vision run."""
+def is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def possible_ways(args: argparse.Namespace) -> list[str]:
+    fused = vision.has_fused(args.device)
+    graph = fused and is_cuda(args.device) and args.amp != "fp16"  # a GradScaler looks at values on the host
+    return ["base", "reference", *["fused"] * fused, *["graph"] * graph]
+
+
+# ------------------------------------------------------------------------------------------------- steps
+
+
+class Stopwatch:
+    """Seconds between marks. On a GPU these are events in its stream: the host does not wait for them."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.marks = cuda, []
+
+    def mark(self) -> None:
+        self.marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
+        if self.cuda:
+            self.marks[-1].record()
+
+    def seconds(self) -> list[float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in pairwise(self.marks)]
+
+    def watched(self, call: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.mark()
+            result = call(*args, **kwargs)
+            self.mark()
+            return result
+
+        return watched
+
+
+def build(way: str, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer, Training, tuple]:
+    """(model, its optimizer, its training, a batch) of a vision run."""
     shape, classes, _ = datasets.FACTS[args.data]
+    torch.manual_seed(0)
     model, base = vision.build_model(args, shape, classes)
     model.to(args.device)
     optimizer = vision.build_optimizer(args, model, base)
     autocast, scaler = vision.precision(args)
     batch = tuple(t.to(args.device) for t in datasets.synthetic(args.data, args.batch_size).tensors)
-    cuda, marks = torch.device(args.device).type == "cuda", []
+    if way == "graph":
+        from captured import training  # which needs mup2_fused
 
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
-        if cuda:
-            marks[-1].record()  # the device's own time, without a host that waits for it after every step
+        return model, optimizer, training(model, optimizer, batch, autocast=autocast), batch
+    train = functools.partial(mup2_ref.train_epoch, model, optimizer, autocast=autocast, scaler=scaler)
+    return model, optimizer, train, batch
+
+
+def step_times(train: Training, batch: tuple[Tensor, Tensor], steps: int) -> list[float]:
+    """Seconds of every step, after a few that are not timed. Raises RuntimeError if the loss is not finite."""
+    watch = Stopwatch(batch[0].is_cuda)
 
     def batches():
         for _ in range(WARMUP + steps):
-            mark()
+            watch.mark()
             yield batch
-        mark()
+        watch.mark()
 
-    mup2_ref.train_epoch(model, optimizer, batches(), autocast=autocast, scaler=scaler)
+    if not train(batches()).isfinite():
+        raise RuntimeError("the loss is not finite, and SAM's steps without an update are not those to time")
+    return watch.seconds()[WARMUP:]
+
+
+def share_of_sam(optimizer: mup2_ref.SAM, train: Training, batch: tuple[Tensor, Tensor], steps: int) -> float:
+    """What part of a training step first_step() and second_step() are. The optimizer is not to be used afterwards."""
+    watch = Stopwatch(batch[0].is_cuda)
+    optimizer.first_step, optimizer.step = watch.watched(optimizer.first_step), watch.watched(optimizer.step)
+    seconds = step_times(train, batch, steps)
+    calls = watch.seconds()[::2]  # the rest lies between them
+    both = [first + second for first, second in zip(calls[::2], calls[1::2], strict=True)]
+    return statistics.median(part / whole for part, whole in zip(both[WARMUP:], seconds, strict=True))
+
+
+def measure_way(way: str, args: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """step: median seconds; memory: the largest that tensors took on the GPU, in bytes, building and capturing too."""
+    cuda = is_cuda(args.device)
+    gc.collect()  # what the last way has left
     if cuda:
-        torch.cuda.synchronize()
-    seconds = [a.elapsed_time(b) / 1000 if cuda else b - a for a, b in pairwise(marks)]
-    return seconds[WARMUP:], sum(p.numel() for p in model.parameters())
+        torch.cuda.init()  # or there are no statistics to reset
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(args.device)
+    _, optimizer, train, batch = build(way, args)
+    found = {"step": statistics.median(step_times(train, batch, steps)), "share": None}
+    found["memory"] = torch.cuda.max_memory_allocated(args.device) if cuda else None
+    if way in ("reference", "fused"):
+        found["share"] = share_of_sam(optimizer, train, batch, steps)
+    return found
 
 
 def measure(flags: list[str], steps: int) -> dict[str, Any]:
-    """A row: flags are vision.py's. Its times are None where the device's memory was too small."""
+    """A row: flags are vision.py's. A way that failed has an "error" instead of its times."""
     args = vision.parse_args([*flags, "--variant", "sam"])
-    steps_per_epoch = math.ceil(datasets.FACTS[args.data].train_samples / args.batch_size)
-    row = {"preset": args.preset, "width_multiplier": args.width_multiplier, "parameters": None}
-    row |= {"batch_size": args.batch_size, "base": args.base, "steps_per_epoch": steps_per_epoch}
-    for variant in ("none", "sam"):
+    shape, classes, samples = datasets.FACTS[args.data]
+    with torch.device("meta"):
+        model, _ = vision.build_model(args, shape, classes)
+    row = {"preset": args.preset, "width_multiplier": args.width_multiplier}
+    row |= {
+        "width": vision.width(args, args.width_multiplier),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    row |= {"batch_size": args.batch_size, "base": args.base, "amp": args.amp}
+    row |= {"steps_per_epoch": math.ceil(samples / args.batch_size), "steps": steps, "torch": torch.__version__}
+    row |= {"threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "ways": {}}
+    for way in possible_ways(args):
         try:
-            seconds, row["parameters"] = step_times(vision.parse_args([*flags, "--variant", variant]), steps)
-            row[f"{variant}_step"] = statistics.median(seconds)
-            row[f"{variant}_epoch"] = steps_per_epoch * row[f"{variant}_step"]
+            row["ways"][way] = measure_way(way, vision.parse_args([*flags, *WAYS[way][0]]), steps)
         except torch.OutOfMemoryError:
-            row[f"{variant}_step"] = row[f"{variant}_epoch"] = None
+            row["ways"][way] = {"error": "out of memory"}
+        except (RuntimeError, TypeError, ValueError) as error:  # the other ways' times are worth keeping
+            traceback.print_exc()
+            row["ways"][way] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     return row
 
 
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def problem(way: dict[str, Any]) -> str:
+    return "out of memory" if way["error"] == "out of memory" else "failed"
+
+
+def ratio(way: dict[str, Any], base: dict[str, Any]) -> str:
+    return f"{way['step'] / base['step']:.2f}" if "step" in way and "step" in base else "-"
+
+
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; seconds of one epoch."""
-
-    def cell(seconds: float | None) -> str:
-        return "out of memory" if seconds is None else f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
-
+    """Markdown; seconds of one epoch. SAM is the fused one where it is built."""
     lines = ["| model | width multiplier | parameters | batch | base optimizer | SAM | SAM / base |"]
     lines.append("|---|---|---|---|---|---|---|")
     for r in rows:
-        parameters = f"{r['parameters'] / 1e6:.3g} M" if r["parameters"] else "-"
-        ratio = f"{r['sam_step'] / r['none_step']:.2f}" if r["sam_step"] and r["none_step"] else "-"
+        base, sam = r["ways"]["base"], r["ways"].get("fused") or r["ways"]["reference"]
+        epochs = [
+            three_digits(r["steps_per_epoch"] * way["step"]) if "step" in way else problem(way) for way in (base, sam)
+        ]
         lines.append(
-            f"| {r['preset']} | {r['width_multiplier']:g} | {parameters} | {r['batch_size']} "
-            f"| {cell(r['none_epoch'])} | {cell(r['sam_epoch'])} | {ratio} |"
+            f"| {r['preset']} | {r['width_multiplier']:g} | {r['parameters'] / 1e6:.3g} M | {r['batch_size']} "
+            f"| {epochs[0]} | {epochs[1]} | {ratio(sam, base)} |"
         )
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def format_steps(rows: list[dict[str, Any]]) -> str:
+    """Markdown; a line for each way to take a training step. in SAM: the part of it in SAM's own two calls."""
+    lines = ["| model | width | batch | precision | training step | ms | steps/s | / base | in SAM | peak GiB |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        precision = "fp32" if r["amp"] == "none" else r["amp"]
+        for name, way in r["ways"].items():
+            if "step" in way:
+                share = "-" if way["share"] is None else f"{100 * way['share']:.0f} %"
+                memory = "-" if way["memory"] is None else f"{way['memory'] / 2**30:.2f}"
+                cells = [f"{1000 * way['step']:.3g}", three_digits(1 / way["step"])]
+                cells += [ratio(way, r["ways"]["base"]), share, memory]
+            else:
+                cells = [problem(way), *"----"]
+            cells = [r["preset"], f"{r['width']}", f"{r['batch_size']}", precision, WAYS[name][1], *cells]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return tuple(row[k] for k in ("preset", "width_multiplier", "batch_size", "amp"))
+
+
+def read_rows(path: Path, device: str) -> dict[tuple, dict[str, Any]]:
+    """Of earlier commands on this device."""
+    found = json.loads(path.read_text()) if path.exists() else {"device": None}
+    return {key(row): row for row in found["rows"]} if found["device"] == device else {}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--presets", nargs="+", choices=vision.PRESETS, default=PAPER)
@@ -101,28 +239,33 @@ def main(argv: list[str] | None = None) -> int:
     add("--amp", choices=vision.AMP, default="none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, nargs="?", const=Path(), help="write JSON; default results/epoch_time_DEVICE.json")
-    args = parser.parse_args(argv)
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if is_cuda(args.device) and not torch.cuda.is_available():
         print(f"error: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
     device = vision.device_name(args.device)
-    about = {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "amp": args.amp}
-    about |= {"fused": vision.mup2_fused is not None, "steps": args.steps, "data": "synthetic"}
-    print("Seconds per epoch, from the median of {steps} steps on synthetic data; {device}, amp {amp}".format(**about))
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = Path(__file__).parent / "results" / f"epoch_time_{slug}.json" if args.out == Path() else args.out
+    print(f"Medians of {args.steps} steps on synthetic data; {device}, torch {torch.__version__}, amp {args.amp}")
     rows = []
     for preset in args.presets:
         for multiplier in args.width_multipliers:
             flags = ["--preset", preset, "--width-multiplier", multiplier, "--amp", args.amp, "--device", args.device]
             flags += ["--batch-size", args.batch_size] if args.batch_size else []
             rows.append(measure(flags, args.steps))
-            print(format_table(rows[-1:]).splitlines()[-1], file=sys.stderr)
-    print(format_table(rows))
-    if args.out is not None:
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        path = Path(__file__).parent / "results" / f"epoch_time_{slug}.json" if args.out == Path() else args.out
-        vision.write_json(path, about | {"rows": rows})
+            print("\n".join(format_steps(rows[-1:]).splitlines()[2:]), file=sys.stderr, flush=True)
+            if path is not None:
+                kept = read_rows(path, device) | {key(rows[-1]): rows[-1]}
+                vision.write_json(path, {"device": device, "data": "synthetic", "rows": [*kept.values()]})
+    print(f"seconds per epoch:\n\n{format_table(rows)}\n\ntraining steps:\n\n{format_steps(rows)}")
+    if path is not None:
         print(path)
-    return 0
+    errors = [way["error"] for row in rows for way in row["ways"].values() if "error" in way]
+    return int(any(error != "out of memory" for error in errors))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     python experiments/transfer.py                        the committed results: widths 128, 256, 512 on MNIST-1D
     python experiments/transfer.py --demo                 a reduced sweep, five minutes on two cores
     python experiments/transfer.py --network resnet       ResNet-18 on scikit-learn's digits, ten minutes; or vit
-    python experiments/transfer.py --data cifar10 --root DIR --device cuda --widths 256 1024 4096 --epochs 20
+    python experiments/transfer.py --data cifar10 --root DIR --device cuda --graph --widths 256 1024 4096 --epochs 20
 
 A 3-layer ReLU MLP without biases is trained with SGD at batch size 64 and constant learning rate; what counts is the
 best test accuracy of all epochs (as in the paper). Base width 1: widths enter as in Definition 4, absolutely. First a
 grid lr x rho at every width, then a slice over rho at each width's best lr with finer steps and more seeds, then the
 narrowest width's best (lr, rho) at the others. Every finished run is appended to OUT/NAME.jsonl: the same command goes
-on where it was interrupted, and only draws and prints where nothing is missing.
+on where it was interrupted, and only draws and prints where nothing is missing. --graph captures each SAM run's whole
+iteration as one CUDA graph, which gives the same results up to rounding.
 
 ResNet-18 (SGD with momentum) and a small ViT (AdamW) follow a cosine schedule to their last epoch, whose accuracy
 counts, and have a base width and Algorithm 1's norm. A part of the digits' training labels is random, so that there
@@ -37,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import data as datasets
 import mup2_ref
 import networks
+from vision import device_name, has_fused
 
 try:  # the same optimizer to the bit, in less time
     from mup2_fused import SAM
@@ -157,8 +159,11 @@ def _network(name: str, width: int, x: torch.Tensor, d_out: int, parameterizatio
     return networks.ViT(width, 2, HEADS, tuple(image), 2, d_out, channels, base_head_dim=head_dim)
 
 
-def train(run: Run, root: str | None, device: str) -> dict:
-    """Train once; returns the run with its best and its last accuracy in %, and the epochs it lasted."""
+def train(run: Run, root: str | None, device: str, graph: bool = False) -> dict:
+    """Train once; returns the run with its best and its last accuracy in %, the epochs it lasted, where and when.
+
+    graph: SAM's whole iterations as one CUDA graph; the base optimizer alone trains without.
+    """
     (x, y), test = _data(run.data, root, device)
     sgd = {name: parameterization for parameterization, name in SGD.items()}
     parameterization = sgd.get(run.method) or METHODS[run.method].parameterization
@@ -185,10 +190,14 @@ def train(run: Run, root: str | None, device: str) -> dict:
     steps = run.epochs * math.ceil(len(x) / BATCH)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if setting.cosine else None
     start = time.perf_counter()
+    epoch = functools.partial(mup2_ref.train_epoch, model, optimizer, scheduler=scheduler)
+    if graph and run.rho:
+        from captured import training  # which needs mup2_fused
+
+        epoch = training(model, optimizer, (x[:BATCH], y[:BATCH]), scheduler=scheduler)
     accuracies, shuffle = [], torch.Generator().manual_seed(run.seed)
     for _ in range(run.epochs):
-        batches = datasets.batches((x, y), BATCH, shuffle)
-        if not mup2_ref.train_epoch(model, optimizer, batches, scheduler=scheduler).isfinite():
+        if not epoch(datasets.batches((x, y), BATCH, shuffle)).isfinite():
             break
         _, correct, samples = mup2_ref.evaluate(model, [test]).tolist()
         accuracies.append(100 * correct / samples)
@@ -197,6 +206,8 @@ def train(run: Run, root: str | None, device: str) -> dict:
         "last": round(accuracies[-1], 2) if accuracies else None,
         "finished": len(accuracies),
         "seconds": round(time.perf_counter() - start, 1),
+        "device": device_name(device),
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
@@ -222,7 +233,7 @@ def sweep(runs: list[Run], path: Path, args: argparse.Namespace, title: str) -> 
         return done
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool, path.open("a") as file:
-        futures = {pool.submit(train, run, args.root, args.device): run for run in todo}
+        futures = {pool.submit(train, run, args.root, args.device, args.graph): run for run in todo}
         total = sum(map(_cost, todo))
         bar = tqdm(
             total=total,
@@ -461,6 +472,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--graph", action="store_true", help="replay iterations as a CUDA graph, with mup2_fused")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="of the result files; default transfer_DATA, and the network's name")
     parser.add_argument("--demo", action="store_true", help="a reduced sweep: sets widths, methods, lrs and seeds")
@@ -470,6 +482,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, key, value)
     if args.network != "mlp" and args.data == "mnist1d":
         parser.error("MNIST-1D is for the MLP: the other networks take images")
+    if args.graph and not (torch.device(args.device).type == "cuda" and has_fused(args.device)):
+        parser.error("--graph takes --device cuda, and mup2_fused built with CUDA")
     args.widths = sorted(set(args.widths))
     if args.demo:
         vars(args).update(DEMO)
@@ -482,6 +496,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.jsonl"
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        print(f"error: torch {torch.__version__} sees no GPU", file=sys.stderr)
+        return 2
     try:
         _data(args.data, args.root, "cpu")
     except datasets.DataError as error:
@@ -510,7 +527,9 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(runs, args)
     rows = results.table()
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "root", "jobs", "device")}
-    summary = {"args": settings, "rows": rows}
+    summary = {"args": settings, "rows": rows} | {
+        key: sorted({row[key] for row in runs.values() if key in row}) for key in ("device", "date")
+    }
     (args.out / f"{args.name}.json").write_text(json.dumps(summary, indent=1, default=float) + "\n")
     print(format_table(rows, base_name(args.network)))
     figure = args.out / f"{args.name}.png"

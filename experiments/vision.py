@@ -112,6 +112,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=1024,
         workers=8,
     ),
+    "mlp-cifar10": dict(  # the network, data, optimizer and batch of the paper's Figure 1; lr and rho are ours
+        model="mlp",
+        data="cifar10",
+        width_multiplier=1.0,
+        base_width_multiplier=1.0,
+        base="sgd",
+        lr=0.1,
+        rho=0.1,
+        momentum=0.0,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        epochs=20,
+        warmup_epochs=0,
+        batch_size=64,
+        schedule="constant",
+        workers=4,
+    ),
     "resnet18-digits": dict(  # ours, for trying out
         model="resnet18",
         data="digits",
@@ -146,8 +163,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         workers=0,
     ),
 }
-WIDTH = {"resnet18": 64, "vit": 384}  # at width multiplier 1
-GAIN = {"resnet18": 2**0.5, "vit": 1.0}  # of the initial weights, as in mup2_ref.init_; for ReLU, and ours
+WIDTH = {"resnet18": 64, "vit": 384, "mlp": 256}  # at width multiplier 1
+GAIN = {"resnet18": 2**0.5, "vit": 1.0, "mlp": 2**0.5}  # of the weights at the start; sqrt(2) for ReLU, and ours
+OUTPUT = {"resnet18": "head.weight", "vit": "head.weight", "mlp": "layers.2.weight"}
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 VARIANTS = ("none", "sam", "sam-on", "elementwise", "layerwise")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -191,6 +209,8 @@ def build_model(args: argparse.Namespace, shape: tuple[int, int, int], classes: 
     def network(multiplier: float) -> nn.Module:
         if args.model == "resnet18":
             return networks.ResNet18(width(args, multiplier), classes, shape[0])
+        if args.model == "mlp":
+            return mup2_ref.MLP(math.prod(shape), width(args, multiplier), classes)
         base_head_dim = width(args, args.base_width_multiplier) // args.heads if mup else None
         sizes = (width(args, multiplier), args.depth, args.heads, shape[1:], tuple(args.patch), classes, shape[0])
         return networks.ViT(*sizes, base_head_dim=base_head_dim)
@@ -204,11 +224,15 @@ def build_model(args: argparse.Namespace, shape: tuple[int, int, int], classes: 
         parameterization=args.parameterization,
         zero_output=mup,
         gain=GAIN[args.model],
-        roles={"head.weight": "output"},  # which shapes do not tell at the base width
+        roles={OUTPUT[args.model]: "output"},  # which shapes do not tell at the base width
     )
     if mup:
         networks.zero_queries_(model)
     return model, base
+
+
+def has_fused(device: str) -> bool:
+    return mup2_fused is not None and (torch.device(device).type == "cpu" or mup2_fused.built_with_cuda)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, base: nn.Module) -> torch.optim.Optimizer:
@@ -233,8 +257,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, base: nn.Module)
     options = {"momentum": args.momentum} if args.base == "sgd" else {}
     if args.variant == "none":
         return BASES[args.base](groups, **options)
-    fits = mup2_fused is not None and (torch.device(args.device).type == "cpu" or mup2_fused.built_with_cuda)
-    kind = mup2_fused.SAM if fits and not args.reference else mup2_ref.SAM
+    kind = mup2_fused.SAM if has_fused(args.device) and not args.reference else mup2_ref.SAM
     return kind(groups, BASES[args.base], variant=variant, **options)
 
 
@@ -261,7 +284,9 @@ def precision(args: argparse.Namespace) -> tuple[Callable[[], Any], torch.amp.Gr
     device = torch.device(args.device).type
     scaler = torch.amp.GradScaler(device, enabled=args.amp == "fp16")
     dtype = AMP[args.amp]
-    return functools.partial(torch.autocast, device, dtype) if dtype else contextlib.nullcontext, scaler
+    # A cast weight is used once per pass; kept for another one, it would not fit a captured CUDA graph.
+    autocast = functools.partial(torch.autocast, device, dtype, cache_enabled=False)
+    return autocast if dtype else contextlib.nullcontext, scaler
 
 
 def device_name(device: str) -> str:
@@ -536,7 +561,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--width-multiplier",
         type=at_least(0, float),
-        help="1: 64 channels in the first stage of ResNet-18, width 384 of ViT",
+        help="1: 64 channels in the first stage of ResNet-18, width 384 of ViT, 256 of the MLP",
     )
     add("--base-width-multiplier", type=at_least(0, float), help="where muP's factors are 1")
     add("--depth", type=at_least(1, int), help="layers of ViT")

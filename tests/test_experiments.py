@@ -5,14 +5,19 @@ import itertools
 import json
 import pickle
 import tarfile
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from test_graph import stand_in
 
 import data
+import mup2_fused
 import mup2_ref
 import transfer
+import vision
 
 # ------------------------------------------------------------------------------------------------ MNIST-1D
 
@@ -228,6 +233,46 @@ def test_sweep_of_networks(tmp_path, capsys, network, widths):
     assert json.loads((tmp_path / f"transfer_{network}_noisy-digits.json").read_text())["args"]["network"] == network
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method, network", [("muP²", "mlp"), ("SP-LP", "mlp"), ("muP-SGD", "mlp"), ("muP²", "resnet")])
+def test_a_captured_run_is_the_run(device, method, network, monkeypatch):
+    """On a CPU with a stand-in. The last batch is smaller; ResNet-18 has batch norm, momentum and a schedule."""
+    monkeypatch.setattr(mup2_fused, "capture", captured := mock.Mock(side_effect=stand_in))
+    name, width = ("mnist1d", 32) if network == "mlp" else ("noisy-digits", 8)
+    rho = 0.0 if method == "muP-SGD" else 0.1
+    run = transfer.Run(name, method, width, 0.25, rho, 3, 2, network)
+    rows = [transfer.train(run, None, device, graph) for graph in (False, True)]
+    assert captured.call_count == (rho > 0)
+    assert rows[0]["finished"] == rows[1]["finished"] == 2 and rows[0]["date"] == time.strftime("%Y-%m-%d")
+    assert rows[0]["device"] == rows[1]["device"] == vision.device_name(device)
+    for score in ("best", "last"):
+        assert rows[0][score] == pytest.approx(rows[1][score], abs=0 if device == "cpu" else 5)
+
+
+def test_graph_needs_a_gpu(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit:
+        transfer.main(["--graph", "--out", str(tmp_path)])
+    assert exit.value.code == 2 and "--graph takes --device cuda, and mup2_fused built" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert transfer.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_sweep_without_a_slice(tmp_path, capsys):
+    """The grid is all that is trained, with its own seeds; table and figure are made of it."""
+    options = ["--widths", "8", "16", "--lrs", "0.1", "0.2", "--epochs", "1", "--seeds", "2", "--slice-seeds", "0"]
+    assert transfer.main([*options, "--rhos", "0.1", "0.3", "--out", str(tmp_path), "--name", "small"]) == 0
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "small.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 2 * (len(transfer.METHODS) * 2 + len(transfer.SGD))
+    assert (tmp_path / "small.png").exists() and printed.count("(2) |") == 2 * len(transfer.METHODS)
+    summary = json.loads((tmp_path / "small.json").read_text())
+    assert summary["device"] == [vision.device_name("cpu")] and summary["date"] == sorted({r["date"] for r in rows})
+
+
 def test_label_noise_spares_the_test_set():
     (x, y), test = data.load("digits")
     (x_noisy, y_noisy), test_noisy = transfer._data("noisy-digits", None, "cpu")
@@ -291,6 +336,8 @@ def test_training_loop_restores_when_the_second_pass_fails():
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before))
 
 
-def test_a_diverging_run_is_recorded(tmp_path):
-    row = transfer.train(transfer.Run("mnist1d", "SP-naive", 64, 1e9, 0.1, 0, 3), None, "cpu")
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_diverging_run_is_recorded(graph, monkeypatch):
+    monkeypatch.setattr(mup2_fused, "capture", stand_in)
+    row = transfer.train(transfer.Run("mnist1d", "SP-naive", 64, 1e9, 0.1, 0, 3), None, "cpu", graph)
     assert row["finished"] < 3 and row["best"] <= 20

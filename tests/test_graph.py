@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import mup2_fused
 import mup2_ref
+from captured import training
 from mup2_ref import MLP
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -119,16 +121,20 @@ class Replayed:
         return patches
 
 
-def captured(model, opt, x, y):
-    step = training_step(model, opt)
-    if x.is_cuda:
-        return mup2_fused.capture(step, model, opt, x, y)
+def stand_in(step, model, opt, *inputs):
+    """mup2_fused.capture, on a CPU too."""
+    if inputs[0].is_cuda:
+        return mup2_fused.graph.capture(step, model, opt, *inputs)
     fake = Replayed(step)
     with fake.patches():
-        replay = mup2_fused.capture(fake, model, opt, x, y)
+        replay = mup2_fused.graph.capture(fake, model, opt, *inputs)
     assert len(fake.calls) == 4
     fake.outputs = replay.__closure__[[*replay.__code__.co_freevars].index("outputs")].cell_contents
     return replay
+
+
+def captured(model, opt, x, y):
+    return stand_in(training_step(model, opt), model, opt, x, y)
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -164,6 +170,32 @@ def test_a_captured_step_is_the_step(device, base, kwargs, steps_before):
     for p, q in zip(*runs):
         assert torch.equal(p.nan_to_num(), q.nan_to_num())
     assert runs[0][1] < 0.02
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("base, kwargs", BASES)
+def test_training_with_a_captured_iteration_is_train_epoch(device, base, kwargs, monkeypatch):
+    """Three epochs with a schedule, batch norm and a smaller last batch: losses, weights, buffers, state to the bit."""
+    monkeypatch.setattr(mup2_fused, "capture", stand_in)
+    model, x, y = problem(device)
+    batches = [*zip(x[:4], y[:4]), (x[4, :7], y[4, :7])]
+    runs = []
+    for m in (model, copy.deepcopy(model)):
+        opt = mup2_fused.SAM(m.parameters(), base, lr=0.125, rho=0.1, **kwargs)
+        if m is model:
+            opt.param_groups[0]["lr"] = torch.tensor(0.125, device=device)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
+        if m is model:
+            train = partial(mup2_ref.train_epoch, m, opt, scheduler=scheduler)
+        else:
+            train = training(m, opt, batches[0], scheduler=scheduler)
+        losses = []
+        for _ in range(3):
+            losses.append(train(batches).cpu())
+            m.eval()  # as evaluation leaves it
+        runs.append([torch.stack(losses), opt.param_groups[0]["lr"].cpu(), *tensors(m, opt)])
+    assert len(runs[0]) == len(runs[1]) and all(map(torch.equal, *runs))
+    assert runs[0][0][2] < runs[0][0][0] and runs[0][1] < 0.02
 
 
 @pytest.mark.parametrize("fails_in", [1, 4])

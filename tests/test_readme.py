@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import a10g
 import epoch_time
+import gpu
 import step_time
 import transfer
 
@@ -85,9 +86,24 @@ def test_links_point_at_what_they_name():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("word", ["make demo", "make test", "make bench", "make cuda", "make gpu"])
+@pytest.mark.parametrize("word", ["make demo", "make test", "make bench", "make cuda", "make gpu", "make gpu-training"])
 def test_commands_exist(word):
     assert word in README and f"\n{word.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+def test_stages_on_a_gpu_fit_into_their_time(monkeypatch):
+    """And run scripts that exist, with options that they take."""
+    monkeypatch.setattr(transfer, "has_fused", lambda device: True)
+    plain, training = gpu.stages("9.0"), gpu.training_stages("9.0")
+    assert sum(stage.seconds for stage in plain) < 480 and sum(stage.seconds for stage in training) < 580
+    for stage in (*plain, *training):
+        for word in stage.command[1:]:
+            assert not word.endswith(".py") or (ROOT / word).exists()
+    figure = transfer.parse_args(training[-1].command[2:])
+    assert figure.graph and len(figure.methods) == 5 and (figure.widths, figure.slice_seeds) == ([256, 1024, 4096], 0)
+    for stage in training[2:5]:
+        parsed = epoch_time.parse_args(stage.command[2:])
+        assert parsed.out is not None and parsed.device == "cuda"
 
 
 TRANSFER = sorted(path.stem for path in RESULTS.glob("transfer_*.json"))
@@ -107,7 +123,8 @@ def test_step_times_are_the_committed_ones(path):
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("epoch_time_*.json")), ids=lambda p: p.stem)
 def test_epoch_times_are_the_committed_ones(path):
-    assert epoch_time.format_table(json.loads(path.read_text())["rows"]) in README
+    rows = json.loads(path.read_text())["rows"]
+    assert epoch_time.format_table(rows) in README or epoch_time.format_steps(rows) in README
 
 
 def test_numbers_of_tensors_per_launch():

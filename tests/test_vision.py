@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_graph import stand_in
 from torch.utils.data import Subset
 
 import data
@@ -442,6 +443,9 @@ def test_every_preset_trains(tmp_path, preset, capsys):
     if preset == "resnet18-cifar10":
         store(tmp_path, "cifar10", "python", cifar_files("cifar10", "python", 10))
         flags += [*TINY_RESNET, "--batch-size", "25"]
+    elif preset == "mlp-cifar10":
+        store(tmp_path, "cifar10", "python", cifar_files("cifar10", "python", 10))
+        flags += ["--width-multiplier", "0.0625", "--batch-size", "25"]
     elif preset == "vit-s4-cifar100":
         store(tmp_path, "cifar100", "python", cifar_files("cifar100", "python"))
         flags += ["--depth", "1", "--width-multiplier", "0.0625", "--batch-size", "10"]
@@ -857,45 +861,115 @@ def test_epoch_time_is_measured(tmp_path, capsys, monkeypatch):
     path = tmp_path / "times.json"
     flags = ["--presets", "vit-mnist1d", "--width-multipliers", "0.0625", "--batch-size", "8", "--device", "cpu"]
     assert epoch_time.main([*flags, "--steps", "5", "--out", str(path)]) == 0
-    assert passes == [(8, 1, 1, 40)] * 3 * (epoch_time.WARMUP + 5)
-    assert len(epoch_time.step_times(vision.parse_args([*TINY_VIT, "--batch-size", "8"]), 4)[0]) == 4
+    assert passes == [(8, 1, 1, 40)] * (1 + 2 + 2 + 2 + 2) * (epoch_time.WARMUP + 5)  # SAM's own part apart
     found = json.loads(path.read_text())
     (row,) = found["rows"]
-    assert row["parameters"] > 1e4 and (row["batch_size"], row["steps_per_epoch"]) == (8, 500)
-    assert 0.02 < row["none_step"] < 0.06 and 0.04 < row["sam_step"] < 0.12
-    assert row["sam_epoch"] == 500 * row["sam_step"] and found["data"] == "synthetic" and found["steps"] == 5
+    assert row["parameters"] > 1e4 and (row["batch_size"], row["steps_per_epoch"], row["width"]) == (8, 500, 24)
+    assert found["data"] == "synthetic" and (row["steps"], row["amp"], row["torch"]) == (5, "none", torch.__version__)
+    ways = row["ways"]
+    assert [*ways] == ["base", "reference", "fused"]
+    assert 0.02 < ways["base"]["step"] < 0.06 and all(0.04 < ways[w]["step"] < 0.12 for w in ("reference", "fused"))
+    assert ways["base"]["share"] is None and all(0 < ways[w]["share"] < 0.5 for w in ("reference", "fused"))
+    assert all(way["memory"] is None for way in ways.values())
     printed = capsys.readouterr().out
     assert found["device"] in printed and "synthetic" in printed and "5 steps" in printed
+    assert epoch_time.format_table([row]) in printed and epoch_time.format_steps([row]) in printed
+    # Another precision is another row; the same again takes the place of the first one.
+    assert epoch_time.main([*flags, "--steps", "1", "--amp", "bf16", "--out", str(path)]) == 0
+    assert epoch_time.main([*flags, "--steps", "2", "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["amp"], row["steps"]) for row in rows] == [("none", 2), ("bf16", 1)]
+
+
+@pytest.mark.parametrize("flags", [["resnet18-digits", *TINY_RESNET], ["mlp-cifar10", "--width-multiplier", "0.0625"]])
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_timed_steps_are_the_same_training(flags, amp, monkeypatch):
+    """Four steps in every way: the graph's (with a stand-in) to the bit, the reference's up to rounding."""
+    monkeypatch.setattr(mup2_fused, "capture", stand_in)
+    weights = {}
+    for way, (variant, _) in epoch_time.WAYS.items():
+        where = ["--batch-size", "8", "--amp", amp, "--lr", "0.0625", "--device", "cpu"]
+        args = vision.parse_args(["--preset", *flags, *where, *variant])
+        model, optimizer, train, batch = epoch_time.build(way, args)
+        assert torch.isfinite(train([batch] * 4))
+        assert vision.is_fused(optimizer) == (way in ("fused", "graph"))
+        assert isinstance(optimizer, mup2_ref.SAM) == (way != "base")
+        weights[way] = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+    assert all(map(torch.equal, weights["graph"], weights["fused"]))
+    for p, q in zip(weights["reference"], weights["fused"], strict=True):
+        torch.testing.assert_close(p, q)
+    assert not any(map(torch.equal, weights["base"], weights["fused"][: len(list(model.parameters()))]))
+
+
+def test_steps_without_an_update_are_not_timed():
+    row = epoch_time.measure(["--preset", "mlp-cifar10", "--batch-size", "8", "--device", "cpu", "--lr", "1e30"], 3)
+    assert all("the loss is not finite" in way["error"] for way in row["ways"].values()) and len(row["ways"]) == 3
+
+
+@pytest.mark.cuda
+def test_timing_on_the_gpu(capsys):
+    """All four ways; the clock does not make the host wait, but the reference does."""
+    flags = ["--preset", "mlp-cifar10", "--batch-size", "8", "--device", "cuda"]
+    row = epoch_time.measure(flags, 3)
+    assert [*row["ways"]] == [*epoch_time.WAYS] and not any("error" in way for way in row["ways"].values())
+    assert all(way["step"] > 0 and way["memory"] > 4 * row["parameters"] for way in row["ways"].values())
+    assert all(0 < row["ways"][way]["share"] < 1 for way in ("reference", "fused"))
+    for way in ("fused", "graph"):
+        _, _, train, batch = epoch_time.build(way, vision.parse_args([*flags, "--variant", "sam"]))
+        train([batch])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train([batch] * 3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_epoch_time_extrapolates_the_median(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(epoch_time.vision, "device_name", lambda device: "A Device (R) 9")
-    times = {"none": [0.1, 0.5, 0.2], "sam": [0.4, 9.0, 0.3]}
+    monkeypatch.setattr(epoch_time, "possible_ways", lambda args: [*epoch_time.WAYS])
+    times = {"base": [0.1, 0.5, 0.2], "reference": [0.7, 0.8, 9.0], "fused": [0.4, 9.0, 0.3], "graph": [0.25] * 3}
     seen = []
 
-    def step_times(args, steps):
-        seen.append((args.preset, args.width_multiplier, args.batch_size, args.variant, steps))
+    def build(way, args):
+        seen.append((args.preset, args.width_multiplier, args.batch_size, args.variant, args.reference))
         if args.width_multiplier == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return times[args.variant], 10_000_000
+        if way == "graph" and args.preset == "vit-s16-imagenet":
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return None, None, way, None
 
-    monkeypatch.setattr(epoch_time, "step_times", step_times)
+    monkeypatch.setattr(epoch_time, "build", build)
+    monkeypatch.setattr(epoch_time, "step_times", lambda train, batch, steps: times[train])
+    monkeypatch.setattr(epoch_time, "share_of_sam", lambda optimizer, train, batch, steps: 0.25)
     monkeypatch.setattr(epoch_time, "__file__", str(tmp_path / "epoch_time.py"))
     (tmp_path / "results").mkdir()
     flags = ["--presets", "resnet18-cifar10", "vit-s16-imagenet", "--width-multipliers", "1", "4", "--device", "cpu"]
-    assert epoch_time.main([*flags, "--steps", "3"]) == 0
+    assert epoch_time.main([*flags, "--steps", "3"]) == 1
     assert not list((tmp_path / "results").iterdir())  # only when asked
-    printed = capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "RuntimeError: operation not permitted" in output.err
+    printed = output.out.splitlines()
     steps, imagenet_steps = 391, 1252  # of 50,000 by 128, of 1,281,167 by 1024
-    assert f"| resnet18-cifar10 | 1 | 10 M | 128 | {0.2 * steps:.3g} | {0.4 * steps:.0f} | 2.00 |" in printed
-    assert (
-        f"| vit-s16-imagenet | 1 | 10 M | 1024 | {0.2 * imagenet_steps:.0f} | {0.4 * imagenet_steps:.0f} |" in printed
-    )
-    assert "| resnet18-cifar10 | 4 | - | 128 | out of memory | out of memory | - |" in printed
-    assert seen[:2] == [("resnet18-cifar10", 1.0, 128, v, 3) for v in ("none", "sam")]
-    assert epoch_time.main([*flags, "--out"]) == 0
+    assert f"| resnet18-cifar10 | 1 | 11.2 M | 128 | {0.2 * steps:.3g} | {0.4 * steps:.0f} | 2.00 |" in printed
+    epochs = f"{0.2 * imagenet_steps:.0f} | {0.4 * imagenet_steps:.0f}"
+    assert f"| vit-s16-imagenet | 1 | 11.4 M | 1024 | {epochs} | 2.00 |" in printed
+    assert "| resnet18-cifar10 | 4 | 179 M | 128 | out of memory | out of memory | - |" in printed
+    start = "| resnet18-cifar10 | 64 | 128 | fp32 |"
+    assert [line for line in printed if line.startswith(start)] == [
+        f"{start} base optimizer | 200 | 5 | 1.00 | - | - |",
+        f"{start} SAM, reference | 800 | 1.25 | 4.00 | 25 % | - |",
+        f"{start} SAM, fused | 400 | 2.5 | 2.00 | 25 % | - |",
+        f"{start} SAM, fused, CUDA graph | 250 | 4 | 1.25 | - | - |",
+    ]
+    assert "| vit-s16-imagenet | 384 | 1024 | fp32 | SAM, fused, CUDA graph | failed | - | - | - | - |" in printed
+    first = ("resnet18-cifar10", 1.0, 128)
+    assert seen[:4] == [(*first, "none", False), (*first, "sam", True), *[(*first, "sam", False)] * 2]
+    assert epoch_time.main([*flags[:2], *flags[3:], "--out"]) == 0
     rows = json.loads((tmp_path / "results" / "epoch_time_a-device-r-9.json").read_text())["rows"]
-    assert [row["sam_epoch"] for row in rows] == [0.4 * steps, None, 0.4 * imagenet_steps, None]
+    assert [row["ways"]["fused"] for row in rows] == [
+        {"step": 0.4, "share": 0.25, "memory": None},
+        {"error": "out of memory"},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- search
