@@ -723,7 +723,8 @@ class SAM(torch.optim.Optimizer):
                         set_state(state)
                     closure()
             elif self._backup is None and self._only_makes_state():
-                self.base_optimizer.step()
+                with torch.no_grad():
+                    self.base_optimizer.step()
                 return None
             elif self._backup is None:
                 raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")

@@ -33,6 +33,8 @@ def training(
             losses.append((replay if len(y) == size else step)(x, y).clone())  # the next replay overwrites it
             if scheduler is not None:
                 scheduler.step()
+        if not losses:
+            raise ValueError("no batches: is the data set smaller than a batch, or the iterator used up?")
         return torch.stack(losses).mean()
 
     return epoch

@@ -137,7 +137,10 @@ def measure_way(way: str, args: argparse.Namespace, steps: int) -> dict[str, Any
     found = {"step": statistics.median(step_times(train, batch, steps)), "share": None}
     found["memory"] = torch.cuda.max_memory_allocated(args.device) if cuda else None
     if way in ("reference", "fused"):
-        found["share"] = share_of_sam(optimizer, train, batch, steps)
+        try:
+            found["share"] = share_of_sam(optimizer, train, batch, steps)
+        except RuntimeError:  # it trains on for as many steps again; what is found so far stays
+            traceback.print_exc()
     return found
 
 
@@ -207,7 +210,7 @@ def format_steps(rows: list[dict[str, Any]]) -> str:
             if "step" in way:
                 share = "-" if way["share"] is None else f"{100 * way['share']:.0f} %"
                 memory = "-" if way["memory"] is None else f"{way['memory'] / 2**30:.2f}"
-                cells = [f"{1000 * way['step']:.3g}", three_digits(1 / way["step"])]
+                cells = [three_digits(1000 * way["step"]), three_digits(1 / way["step"])]
                 cells += [ratio(way, r["ways"]["base"]), share, memory]
             else:
                 cells = [problem(way), *"----"]
@@ -224,9 +227,17 @@ def key(row: dict[str, Any]) -> tuple:
 
 
 def read_rows(path: Path, device: str) -> dict[tuple, dict[str, Any]]:
-    """Of earlier commands on this device."""
-    found = json.loads(path.read_text()) if path.exists() else {"device": None}
-    return {key(row): row for row in found["rows"]} if found["device"] == device else {}
+    """Of earlier commands; ValueError for a file of another device or of another script."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        rows = {key(row): row for row in found["rows"] if row["ways"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a file of this script: name another one") from None
+    if found["device"] != device:
+        raise ValueError(f"{path} has times of another device, {found['device']}: name another file")
+    return rows
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -247,10 +258,17 @@ def main(argv: list[str] | None = None) -> int:
     if is_cuda(args.device) and not torch.cuda.is_available():
         print(f"error: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
+    if is_cuda(args.device):
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # whose stream the events mark
     device = vision.device_name(args.device)
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     path = Path(__file__).parent / "results" / f"epoch_time_{slug}.json" if args.out == Path() else args.out
     print(f"Medians of {args.steps} steps on synthetic data; {device}, torch {torch.__version__}, amp {args.amp}")
+    try:
+        kept = read_rows(path, device) if path is not None else {}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rows = []
     for preset in args.presets:
         for multiplier in args.width_multipliers:
@@ -259,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(measure(flags, args.steps))
             print("\n".join(format_steps(rows[-1:]).splitlines()[2:]), file=sys.stderr, flush=True)
             if path is not None:
-                kept = read_rows(path, device) | {key(rows[-1]): rows[-1]}
+                kept |= {key(rows[-1]): rows[-1]}
                 vision.write_json(path, {"device": device, "data": "synthetic", "rows": [*kept.values()]})
     print(f"seconds per epoch:\n\n{format_table(rows)}\n\ntraining steps:\n\n{format_steps(rows)}")
     if path is not None:

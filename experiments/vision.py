@@ -284,7 +284,7 @@ def precision(args: argparse.Namespace) -> tuple[Callable[[], Any], torch.amp.Gr
     device = torch.device(args.device).type
     scaler = torch.amp.GradScaler(device, enabled=args.amp == "fp16")
     dtype = AMP[args.amp]
-    # A cast weight is used once per pass; kept for another one, it would not fit a captured CUDA graph.
+    # A weight is cast once per pass anyway; torch asks for no cache where a CUDA graph is captured.
     autocast = functools.partial(torch.autocast, device, dtype, cache_enabled=False)
     return autocast if dtype else contextlib.nullcontext, scaler
 

@@ -659,6 +659,24 @@ def test_parameters_that_share_memory(SAM, how):
         assert torch.equal(memory, before)
 
 
+@pytest.mark.parametrize("at_first", ["apart", "overlapping"])
+def test_parameters_that_move(SAM, at_first):
+    """Whether they share memory is found again when they lie elsewhere, in both passes."""
+    memory = torch.zeros(11)
+    places = {"apart": (torch.zeros(8), torch.zeros(6)), "overlapping": (memory[:8], memory[5:])}
+    a, b = map(nn.Parameter, places[at_first])
+    opt = SAM([a, b], rho=0.5, lr=1.0)
+    for place in (at_first, *(places.keys() - {at_first})):
+        a.data, b.data = places[place]
+        before = [t.clone() for t in (a.data, b.data)]
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+        opt.first_step()
+        assert not torch.equal(a, before[0])
+        opt.second_step()
+        twice = torch.tensor([1.0] * 5 + [2.0] * 3) if place == "overlapping" else 1
+        assert torch.equal(a, before[0] - twice), place
+
+
 def test_parameters_that_share_memory_and_are_not_perturbed(SAM):
     """They are updated one after the other, as by torch."""
     memory = torch.zeros(3 * CHUNK)

@@ -916,3 +916,23 @@ def test_skip_nonfinite_sees_gradients_that_cannot_be_perturbed_by(SAM, kind):
                 opt.first_step()
         opt.second_step()
         assert opt.skipped_steps == skipped and torch.equal(q, before) == bool(skipped)
+
+
+def test_a_base_optimizer_without_no_grad_makes_its_state(SAM):
+    """torch.distributed.checkpoint steps with gradients and learning rates of 0 before it loads."""
+
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["seen"] = torch.ones(())
+                    p.add_(p.grad, alpha=-group["lr"])
+
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], Plain, lr=0.0, rho=0.1)
+    p.grad = torch.zeros(3)
+    opt.step()
+    assert opt.state[p]["seen"] == 1 and torch.equal(p, torch.ones(3))
