@@ -87,7 +87,8 @@ def training_stages(architecture: str) -> list[Stage]:
         Stage("mlp", mlp, 40, modules, report=True),
         Stage("resnet18", [*steps, *batch, "resnet18-cifar10"], 40, modules, report=True),
         Stage("vit", [*steps, *batch, "vit-s16-imagenet", "--amp", "bf16"], 40, modules, report=True),
-        Stage("figure", figure, 240, ("matplotlib", *modules), resumes=True),
+        Stage("load", [*python, "-m", "pytest", "-q", "-m", "cuda", "tests/test_load.py"], 60, ("pytest",)),
+        Stage("figure", figure, 180, ("matplotlib", *modules), resumes=True),
     ]
 
 
