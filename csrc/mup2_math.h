@@ -26,7 +26,7 @@ constexpr double kEps = 1e-12;
 #ifndef MUP2_THREADS
 #define MUP2_THREADS 256  // sanitizers take fewer
 #endif
-constexpr int kThreads = MUP2_THREADS;  // of a CUDA block
+constexpr int kThreads = MUP2_THREADS;  // of a CUDA block; columns of sums over chunks
 constexpr int kWarp = 32;
 constexpr int kChunk = 8192;            // elements per block: ResNet-18 already gives an H100 1,400 of them
 constexpr int kVectorBytes = 16;        // one memory access of a CUDA thread

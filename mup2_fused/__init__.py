@@ -122,7 +122,7 @@ class SAM(mup2_ref.SAM):
             reduce = partial(self._reduce, process_group)
             fused = any(p.numel() for p, _ in self._perturbed())  # or nothing would be reduced in this process
         if fused:
-            try:
+            try:  # as in _restored_on_error(), which would take a microsecond of every step
                 fused = self._plan.climb(self, reduce)
             except BaseException:
                 self.restore()
