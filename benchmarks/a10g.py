@@ -1,11 +1,11 @@
-"""What can be known of the kernels on an A10G without one: registers, occupancy, bytes, and the time of those bytes.
+"""The kernels on an A10G, computed without one: registers, occupancy, bytes, and the time that moving the bytes takes.
 
-    python benchmarks/a10g.py                                                needs nvcc and c++filt, no GPU
-    python benchmarks/a10g.py --table benchmarks/results/a10g-computed.json  markdown of a finished run
+    python -m benchmarks.a10g                                                needs nvcc and c++filt, no GPU
+    python -m benchmarks.a10g --table benchmarks/results/a10g-computed.json  prints a finished run as markdown
 
-Nothing is measured. Registers are those that ptxas reports for sm_86; occupancy follows from them and from the limits
-of its multiprocessors; the floor is the time of the bytes that no SAM step can avoid to move (as in step_time.py) at
-the 600 GB/s of the card's data sheet.
+Nothing is measured. ptxas reports the registers for sm_86; the occupancy follows from them and from the limits of a
+multiprocessor. The floor is the time of the bytes that every SAM step has to move (see step_time.py) at 600 GB/s, which
+the data sheet of the card promises.
 """
 
 import argparse
@@ -15,14 +15,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import step_time
-from subjects import MODELS, count
+from benchmarks import step_time
+from benchmarks.subjects import MODELS, count
 
 ROOT = Path(__file__).resolve().parent.parent
 GB_PER_S = 600
-THREADS = 256  # kThreads of csrc/mup2_math.h
+THREADS = 256  # kThreads in csrc/core/batches.h
 # Compute capability 8.6, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-REGISTERS, WARPS, BLOCKS, REGISTER_UNIT = 65536, 48, 16, 256  # registers are given to warps in such units
+REGISTERS, WARPS, BLOCKS, REGISTER_UNIT = 65536, 48, 16, 256  # a warp gets a multiple of REGISTER_UNIT registers
 TYPES, SIZES = {"float": "fp32", "mup2::BFloat16": "bf16"}, {"fp32": 4, "bf16": 2}
 MOVED = {  # kernel and first template argument -> name, values read and written per parameter
     ("norm", "0"): ("norm", 1),
@@ -41,16 +41,27 @@ def nvcc_version() -> str:
     return re.findall(r"release ([\d.]+)", printed)[0]
 
 
-def compile_report(architecture: int = 86) -> str:
+def demangled(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def compile_kernels(architecture: int = 86) -> tuple[str, str]:
+    """(report of ptxas, PTX) of all kernels. Raises RuntimeError with nvcc's words if it fails."""
+    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", f"-arch=sm_{architecture}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin"]
-        command += ["-o", f"{folder}/kernels.cubin", str(ROOT / "csrc" / "cuda_kernels.cu")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
+        running = []
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            command = ["nvcc", *flags, "-cubin", "--keep", "--keep-dir", folder, "-o", f"{folder}/{source.stem}.cubin"]
+            running.append(subprocess.Popen([*command, str(source)], stderr=subprocess.PIPE, text=True))
+        reports = [process.communicate()[1] for process in running]
+        if any(process.returncode for process in running):
+            raise RuntimeError("".join(reports))
+        ptx = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+    return demangled("".join(reports)), demangled("".join(ptx))
 
 
 def occupancy(registers: int) -> tuple[int, float]:
-    """(blocks of a multiprocessor, its warps in use over those that it can hold)"""
+    """(blocks that a multiprocessor holds, share of its warps that are in use)"""
     warps = THREADS // 32
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     blocks = min(BLOCKS, WARPS // warps, REGISTERS // per_warp // warps)
@@ -58,7 +69,7 @@ def occupancy(registers: int) -> tuple[int, float]:
 
 
 def kernels(report: str) -> list[dict]:
-    """One row per kernel and type; of the two sizes that its arguments come in, the one with more registers."""
+    """One row per kernel and type. A kernel exists for two sizes of batches: the one with more registers."""
     found: dict[tuple[str, str], int] = {}
     pattern = r"entry function 'void [^']*?(\w+)_kernel<([\w:]+), ([\w:]+), ([\w:]+),.*?Used (\d+) registers"
     for kernel, kind, w, g, registers in re.findall(pattern, report, re.DOTALL):
@@ -100,13 +111,13 @@ def markdown_table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print what is in this file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the results in this file")
     args = parser.parse_args()
     if args.table:
         result = json.loads(args.table.read_text())
     else:
         result = {"computed": f"for sm_86 at {GB_PER_S} GB/s, not measured", "nvcc": nvcc_version()}
-        result["kernels"] = kernels(compile_report())
+        result["kernels"] = kernels(compile_kernels()[0])
         result["floors"] = floors()
         OUT.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown_table(result))

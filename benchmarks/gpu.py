@@ -1,12 +1,14 @@
-"""Everything that needs an NVIDIA GPU, in under eight minutes: make gpu, or python benchmarks/gpu.py.
+"""Everything that needs an NVIDIA GPU.
 
-Builds the extension for this GPU, runs the CUDA tests, looks for errors of memory, counts launches, captures a CUDA
-graph and times steps. It needs a torch with CUDA and a CUDA toolkit; what else is missing is skipped and reported. Each
-stage is a process with a time limit, and what it does not use is left to those after it. Exit status 1: a stage failed,
-or there is no GPU. --dry-run lists the stages. Their output goes to gpu.log in $OUT or benchmarks/results/gpu-logs.
+    python -m benchmarks.gpu              make gpu: builds, tests and times the kernels in under eight minutes
+    python -m benchmarks.gpu --training   make gpu-training: times training steps and trains Figure 1 of the paper, in
+                                          under ten minutes; the next call trains on
+    python -m benchmarks.gpu --dry-run    only lists the stages; also with --training
 
-make gpu-training, or --training, in under ten minutes: times whole training steps, then trains the paper's Figure 1 as
-far as it gets; the next call goes on. What is new in experiments/results is copied to $OUT.
+It needs a torch with CUDA and a CUDA toolkit. A stage for which another tool is missing is skipped and reported. Each
+stage is a process with a time limit; time that a stage leaves is given to the later ones. All output is also written to
+gpu.log in $OUT or benchmarks/results/gpu-logs, and new files in experiments/results are copied to $OUT. Exit status 1:
+a stage failed, or there is no GPU.
 """
 
 import argparse
@@ -30,7 +32,7 @@ except ImportError:
     sys.exit(f"error: {sys.executable} has no torch; name a Python that has it: make gpu PYTHON=...")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+CUDA_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "cuda"]  # the slow ones too
 
 # --------------------------------------------------------------------------------------------------- stages
 
@@ -38,11 +40,11 @@ sys.path[:0] = [str(ROOT)]
 class Stage(NamedTuple):
     name: str
     command: list[str]
-    seconds: int  # of all stages, less than 480; for training, less than 580
+    seconds: int  # all stages together take less than 480, those for training less than 580
     needs: tuple[str, ...] = ()  # modules and tools
     env: dict[str, str] | None = None
-    report: bool = False  # all that it prints is wanted
-    resumes: bool = False  # what time does not suffice for is left to the next call
+    report: bool = False  # show everything that the stage prints
+    resumes: bool = False  # the next call continues where the time limit ends this one
 
 
 def find_tool(name: str) -> str | None:
@@ -53,47 +55,47 @@ def find_tool(name: str) -> str | None:
 
 
 def stages(architecture: str) -> list[Stage]:
-    python, me, tool = [sys.executable], [sys.executable, "benchmarks/gpu.py"], "compute-sanitizer"
+    python, tool = [sys.executable], "compute-sanitizer"
+    me = [*python, "-m", "benchmarks.gpu"]
     check = [find_tool(tool) or tool, "--error-exitcode", "1", "--tool"]
     quiet = ["--report-api-errors", "no"]  # torch asks for functions that a driver may lack
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # bounds of tensors, not of torch's blocks
-    build = {"MUP2_CUDA": "1", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)}
-    tests = ["tests/test_fused.py", "tests/test_graph.py"]
-    models = ["resnet18", "vit-b16", "mlp-4096", "vit-s16", "resnet18-w4", "mlp-tiny"]  # those to compile come first
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation per tensor, whose bounds memcheck then knows
+    build = {"MUP2_COMPILED": "1", "MUP2_CUDA": "1"}
+    build |= {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)}
+    tests = [*CUDA_TESTS, "tests/kernels", "tests/equivalence", "tests/product"]
+    models = ["resnet18", "vit-b16", "mlp-4096", "vit-s16", "resnet18-w4", "mlp-tiny"]  # torch compiles the first ones
     timing = ["--device", "cuda", "--rounds", "15", "--compile-seconds", "40", "--models", *models]
     return [
         Stage("build", [*python, "setup.py", "build_ext", "--inplace"], 150, env=build),
-        Stage("tests", [*python, "-m", "pytest", "-q", "-m", "cuda", *tests], 60, ("pytest", "hypothesis")),
+        Stage("tests", tests, 60, ("pytest",)),
         Stage("verify", [*python, "-m", "mup2_fused.verify", "--device", "cuda"], 35),
         Stage("memcheck", [*check, "memcheck", *quiet, *me, "--small-case"], 45, (tool,), uncached),
         Stage("racecheck", [*check, "racecheck", *me, "--small-case"], 45, (tool,)),
         Stage("launches", [*me, "--count-launches"], 20),
         Stage("graph", [*me, "--graph"], 20),
-        Stage("benchmark", [*python, "benchmarks/step_time.py", *timing], 95, report=True),
+        Stage("benchmark", [*python, "-m", "benchmarks.step_time", *timing], 95, report=True),
     ]
 
 
 def training_stages(architecture: str) -> list[Stage]:
     build, python, modules = stages(architecture)[0], [sys.executable], ("numpy", "tqdm")
-    tests = ["tests/test_experiments.py", "tests/test_vision.py"]
-    steps = [*python, "experiments/epoch_time.py", "--device", "cuda", "--out", "--steps"]
+    steps = [*python, "-m", "experiments.epoch_time", "--device", "cuda", "--out", "--steps"]
     mlp = [*steps, "200", "--presets", "mlp-cifar10", "--width-multipliers", "1", "4", "16"]  # widths 256, 1024, 4096
     batch = ["30", "--batch-size", "128", "--width-multipliers", "1", "--presets"]
-    figure = [*python, "experiments/transfer.py", "--device", "cuda", "--graph", "--widths", "256", "1024", "4096"]
+    figure = [*python, "-m", "experiments.transfer", "--device", "cuda", "--graph", "--widths", "256", "1024", "4096"]
     figure += ["--seeds", "3", "--slice-seeds", "0", "--jobs", "3", "--name", "transfer_mnist1d_gpu"]
     return [
         build,
-        Stage("tests", [*python, "-m", "pytest", "-q", "-m", "cuda", *tests], 60, ("pytest", "sklearn", *modules)),
+        Stage("tests", [*CUDA_TESTS, "tests/experiments"], 120, ("pytest", "sklearn", *modules)),
         Stage("mlp", mlp, 40, modules, report=True),
         Stage("resnet18", [*steps, *batch, "resnet18-cifar10"], 40, modules, report=True),
         Stage("vit", [*steps, *batch, "vit-s16-imagenet", "--amp", "bf16"], 40, modules, report=True),
-        Stage("load", [*python, "-m", "pytest", "-q", "-m", "cuda", "tests/test_load.py"], 60, ("pytest",)),
         Stage("figure", figure, 180, ("matplotlib", *modules), resumes=True),
     ]
 
 
 def run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
-    """Its outcome, and why."""
+    """Run a stage. Returns its outcome, and the reason if it is not "ok"."""
     if missing := [name for name in stage.needs if not (importlib.util.find_spec(name) or find_tool(name))]:
         return "skipped", f"{' and '.join(missing)} not found"
     with log.open("a+", errors="replace") as file:
@@ -106,7 +108,7 @@ def run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
             reason = f"not done after {limit:.0f} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # compilers too
+                os.killpg(process.pid, signal.SIGKILL)  # together with its compilers
         status = process.wait()
         file.seek(begin)
         lines = file.read().splitlines()
@@ -120,7 +122,7 @@ def run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
 
 
 def keep_results(since: float) -> None:
-    """Copy what is new since then, in seconds of time.time(), to $OUT, if there is one: a later stage may be killed."""
+    """Copy result files that are newer than this time.time() to $OUT, if it is set, before a later stage is killed."""
     for path in (ROOT / "experiments" / "results").iterdir():
         if os.environ.get("OUT") and path.is_file() and path.stat().st_mtime >= since:
             shutil.copy(path, os.environ["OUT"])
@@ -143,18 +145,18 @@ def run_all(todo: list[Stage]) -> int:
     return int(failed > 0)
 
 
-# ------------------------------------------------------------------------------- what some of the stages run
+# ------------------------------------------------------------------------------- parts that are stages of their own
 
 
 def make(sizes: list[int], dtype: torch.dtype, base: type, **kwargs) -> torch.optim.Optimizer:
-    """Ours, with gradients that stay; every tensor of odd size starts where no vector access can."""
+    """Our SAM, with gradients that stay the same. Every tensor of odd size begins where no vector access can."""
     import mup2_fused
 
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(n + 1, device="cuda", dtype=dtype)[n % 2 : n + n % 2]) for n in sizes]
     for p in params:
         p.grad = torch.randn_like(p)
-    return mup2_fused.SAM(params, base, lr=1e-3, **kwargs)
+    return mup2_fused.SAM(params, base, lr=1e-3, backend="compiled", **kwargs)
 
 
 def steps(optimizer: torch.optim.Optimizer, n: int) -> None:
@@ -173,7 +175,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def small_case() -> None:
-    """For compute-sanitizer: sizes around those of vectors and chunks, in every variant."""
+    """For compute-sanitizer: sizes around the sizes of vectors and of chunks, in every variant."""
     from mup2_ref import VARIANTS
 
     for variant, (base, kwargs), dtype in itertools.product(VARIANTS, BASES, DTYPES):
@@ -183,7 +185,7 @@ def small_case() -> None:
 
 
 def count_launches() -> None:
-    """A step is three kernels, whatever the number of tensors; nothing copies and nothing waits."""
+    """A step is three kernels, whatever the number of tensors. No call copies to or from the host, and none waits."""
     for n in (62, 500):
         optimizer = make([1000 + i for i in range(n)], torch.float32, torch.optim.SGD, momentum=0.9)
         steps(optimizer, 3)
@@ -192,7 +194,7 @@ def count_launches() -> None:
         torch.cuda.set_sync_debug_mode("default")
         with torch.profiler.profile() as profile:
             steps(optimizer, 1)
-            torch.cuda.synchronize()  # or the end of the profile comes before the kernels'
+            torch.cuda.synchronize()  # otherwise the profile ends before the kernels do
         on_device, on_host = Counter(), Counter()
         for event in profile.events():
             if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -200,14 +202,14 @@ def count_launches() -> None:
             elif event.name.startswith("cuda"):
                 on_host[event.name] += 1
         for name in [name for name in on_device if name.startswith(("Optimizer.", "Context Sync"))]:
-            del on_device[name]  # torch's mark around step(), and our own wait
+            del on_device[name]  # torch's mark around step(), and the wait above
         print(f"{n} tensors: {dict(on_device)}; calls: {dict(on_host)}")
         assert on_device == {"norm_kernel": 1, "perturb_kernel": 1, "update_kernel": 1}, on_device
         assert not on_host.keys() & {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync", "cudaMemcpy"}
 
 
 def graph() -> None:
-    """Both calls captured as one CUDA graph and replayed: the same bits as without."""
+    """Replaying both calls as a CUDA graph gives the same bits as calling them."""
     for (base, kwargs), dtype in itertools.product(BASES, DTYPES):
         eager, captured = (make([7, 8193, 100_000], dtype, base, **kwargs) for _ in range(2))
         steps(eager, 3)
@@ -226,11 +228,11 @@ def graph() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="only print what would run")
-    parser.add_argument("--training", action="store_true", help="the second list: training steps, and Figure 1")
+    parser.add_argument("--dry-run", action="store_true", help="only print the stages")
+    parser.add_argument("--training", action="store_true", help="time training steps and train Figure 1 instead")
     for function in (small_case, count_launches, graph):
         option = f"--{function.__name__.replace('_', '-')}"
-        parser.add_argument(option, action="store_const", const=function, dest="part", help="one stage's part")
+        parser.add_argument(option, action="store_const", const=function, dest="part", help="only this part")
     args = parser.parse_args()
     chosen = training_stages if args.training else stages
     if args.dry_run:

@@ -1,15 +1,17 @@
-"""Time of the two calls that SAM adds to forward and backward, first_step() and second_step(): ours and others'.
+"""Time of the two calls that SAM adds to forward and backward, first_step() and second_step(), of several SAMs.
 
-    python benchmarks/step_time.py                                        all models on the CPU
-    python benchmarks/step_time.py --device cuda --models resnet18 vit-b16
-    python benchmarks/step_time.py --table benchmarks/results/FILE.json   markdown of a finished run
+    python -m benchmarks.step_time                                        all models on the CPU
+    python -m benchmarks.step_time --device cuda --models resnet18 vit-b16
+    python -m benchmarks.step_time --table benchmarks/results/FILE.json   prints a finished run as markdown
 
-Parameters have the shapes of well-known models, no model runs; gradients are random tensors, the same in every step
-and shared by all. In each round every implementation makes one step, in rotating order; reported are medians and
-interquartile ranges over the rounds. The floor is the time of the bytes that no SAM step can avoid to move (the norm
-reads g; perturbing reads w, g and writes w, backup; restoring and updating reads backup, g, moments and writes w,
-moments) at a measured bandwidth: on CUDA that of a copy from device to device, on the CPU that of torch's fused SGD
-in float32 on tensors of the same shapes in the same rounds.
+No model runs. Parameters have the shapes of well-known models. Gradients are random tensors, which stay the same and
+which all implementations share. In each round every implementation makes one step, in an order that rotates. The
+results are medians and interquartile ranges over the rounds.
+
+The floor is the time that every SAM step must spend on moving bytes: the norm reads g; perturbing reads w and g, and
+writes w and the backup; restoring and updating reads the backup, g and the moments, and writes w and the moments. The
+bandwidth is measured: on CUDA by a copy from device to device, on the CPU by torch's fused SGD in float32 on tensors
+of the same shapes, in the same rounds.
 """
 
 import argparse
@@ -31,17 +33,16 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-from subjects import IMPLEMENTATIONS, MODELS, OURS, count
+from benchmarks.subjects import IMPLEMENTATIONS, MODELS, OURS, count
 
 RHO, SEED = 0.05, 0
-WARMUP = 3  # steps of each implementation, then rounds, that do not count
+WARMUP = 3  # steps of each implementation that are not timed, and then rounds whose times are not used
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=1e-4)),
     "adamw": (torch.optim.AdamW, dict(lr=1e-3)),
 }
 MOVED = {"sgd": 1 + 4 + 5, "adamw": 1 + 4 + 7}  # values per parameter: norm, perturb, restore and update
-PROBE = "fused SGD"  # without SAM: 20 bytes per parameter in one pass
+PROBE = "fused SGD"  # an optimizer without SAM, which moves 20 bytes per parameter in one pass
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -55,10 +56,10 @@ def cpu_clock(call: Callable) -> tuple[float, float]:
 
 
 def cuda_clock() -> Callable:
-    """Milliseconds on the device, and until the call returns: the time to launch, if nothing waits.
+    """A clock: milliseconds on the device, and milliseconds until the call returns (the time to launch, without waits).
 
-    In training, forward and backward have evicted the weights from the L2 cache and still run when the call comes. So
-    scratch memory is written first, again and again, until the device is a millisecond behind.
+    In training, forward and backward have evicted the weights from the L2 cache, and they still run when the call
+    comes. So the clock first writes to scratch memory often enough to keep the device busy for a millisecond.
     """
     scratch = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
 
@@ -96,7 +97,7 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 class Case:
-    """One model, dtype and base optimizer, and every implementation that can take part."""
+    """One model, dtype and base optimizer, with every implementation that supports them."""
 
     def __init__(self, model: str, dtype: str, base: str, args: argparse.Namespace) -> None:
         self.key = {"model": model, "params": count(MODELS[model]), "dtype": dtype, "base": base}
@@ -129,7 +130,7 @@ class Case:
         return params
 
     def _prepare(self, name: str) -> None:
-        """Makes optimizer and state, and checks that its first steps go where ours go."""
+        """Make optimizer and state. ArithmeticError if its first steps lead elsewhere than ours."""
         gc.collect()
         base, kwargs = BASES[self.key["base"]]
         need = self.bytes * MOVED[self.key["base"]] // 2  # w, backup, moments, temporary copies of w and g
@@ -152,7 +153,7 @@ class Case:
         self.optimizers[name] = optimizer
 
     def run(self, clock: Callable, bandwidth: float | None) -> list[dict]:
-        """Rows of the table. bandwidth: bytes per millisecond; None: the probe's."""
+        """Rows of the table. bandwidth: bytes per millisecond; None: measured by the probe."""
         names, times = list(self.optimizers), {name: [] for name in self.optimizers}
         for i in range(-WARMUP, self.args.rounds):
             first = i % len(names)
@@ -180,7 +181,7 @@ class Case:
 
 
 def machine(device: str) -> dict:
-    """What the numbers belong to."""
+    """The machine and the software that the numbers belong to."""
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     cpu = f"CPU {found[1] if found else platform.machine()}"
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "cpu": cpu}
@@ -194,7 +195,7 @@ def machine(device: str) -> dict:
 
 
 def format_table(rows: list[dict]) -> str:
-    """± : interquartile range. ours: how many times faster ours is. host: until the calls return."""
+    """A table as text. host: until the calls return; ±: interquartile range; ours: how many times faster ours is."""
     head = ["model", "params", "dtype", "base", "implementation", "first ms", "second ms", "sum ms", "±", "host ms"]
     cells = [head + ["x floor", "GB/s", "ours"]]
     for r in rows:
@@ -230,9 +231,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--compile-seconds", type=float, default=600, help="after which nothing more is compiled")
+    parser.add_argument("--compile-seconds", type=float, default=600, help="no more models are compiled after these")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/DEVICE.json")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the markdown table of such a file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the results in this file as markdown")
     args = parser.parse_args(argv)
     args.implementations = list(dict.fromkeys([OURS, *args.implementations]))
     return args
@@ -270,8 +271,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  left out: {error}")
         case = None
         if "foreach-compiled" in args.implementations:
-            torch.compiler.reset()  # frees what it holds; and it gives up on functions compiled for many models
-        out.write_text(json.dumps(result, indent=1) + "\n")  # after every case: a time limit may come
+            torch.compiler.reset()  # frees memory; and torch stops compiling a function after many models
+        out.write_text(json.dumps(result, indent=1) + "\n")  # after every case, because a time limit may end this
     print(f"{out}\n\n{format_table(result['rows'])}")
     return 0
 

@@ -1,16 +1,12 @@
 """What step_time.py measures: the shapes of well-known models' parameters, and implementations of SAM."""
 
 import importlib
-import sys
 from functools import partial
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 # ------------------------------------------------------------------------------------------------- shapes
 
@@ -18,11 +14,12 @@ Shapes = list[tuple[int, ...]]
 
 
 def mlp(*sizes: int, bias: bool) -> Shapes:
+    """Linear layers between these numbers of features."""
     return [shape for m, n in pairwise(sizes) for shape in ([(n, m), (n,)] if bias else [(n, m)])]
 
 
 def resnet18(width: int = 1) -> Shapes:
-    """For 1000 classes; width multiplies the channels of every layer."""
+    """For 1000 classes. width: factor on the channels of every layer."""
 
     def conv(n: int, m: int, k: int) -> Shapes:
         return [(n, m, k, k), (n,), (n,)]  # with batch normalization
@@ -68,7 +65,10 @@ assert len(MODELS["resnet18"]) == 62
 
 
 class Foreach:
-    """Plain SAM in torch._foreach_* operations around torch's fused optimizers, or all of it under torch.compile."""
+    """Plain SAM in torch._foreach_* operations, around torch's fused optimizers.
+
+    compiled: both calls are compiled by torch.compile, with the base optimizer's foreach implementation.
+    """
 
     def __init__(self, params: list[Tensor], base: type, *, rho: float, compiled: bool = False, **kwargs) -> None:
         # On the CPU in bfloat16 torch's fused SGD leaves most weights as they are (pytorch issue 191763).
@@ -86,7 +86,7 @@ class Foreach:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         scale = self.rho / (norm + 1e-12)
         torch._foreach_copy_(self.backups, self.params)
-        if scale.is_cuda or torch.compiler.is_compiling():  # item() would wait for the device, and split the graph
+        if scale.is_cuda or torch.compiler.is_compiling():  # item() would wait for the GPU, or split the compiled graph
             torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))
         else:
             torch._foreach_add_(self.params, grads, alpha=scale.item())
@@ -98,12 +98,14 @@ class Foreach:
 
 
 def from_package(name: str, *args, **kwargs) -> torch.optim.Optimizer:
+    """The package's SAM. It is imported here, because a package that is missing is only left out."""
     return importlib.import_module(name).SAM(*args, **kwargs)
 
 
 OURS = "mup2_fused"
 IMPLEMENTATIONS = {
-    OURS: partial(from_package, OURS),
+    OURS: partial(from_package, OURS, backend="compiled"),
+    "torch backend": partial(from_package, OURS, backend="torch"),
     "mup2_ref": partial(from_package, "mup2_ref"),
     "foreach": Foreach,
     "foreach-compiled": partial(Foreach, compiled=True),

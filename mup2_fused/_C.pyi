@@ -4,10 +4,19 @@ from typing import Any
 from torch import Tensor
 
 class Plan:
-    def climb(self, optimizer: Any, reduce: Callable[[Tensor, list[int]], None] | None, /) -> bool: ...
+    def climb(
+        self,
+        groups: list[dict[str, Any]],
+        phase: Any,
+        variant: str,
+        reduce: Callable[[Tensor, list[int]], None] | None,
+        /,
+    ) -> bool: ...
     def descend(
         self,
-        optimizer: Any,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        phase: Any,
         method: str,
         create: Callable[[Tensor, tuple[str, ...]], dict[str, Tensor]],
         grad_scale: Tensor | None,

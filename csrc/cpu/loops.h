@@ -1,15 +1,19 @@
-// The CPU kernels: included once per instruction set (MUP2_ISA), with the compiler's target set around it.
-// Plain loops, which the compiler vectorizes; one chunk's data fits into a core's caches, so it is gone over more than once.
-#define MUP2_LOOP __attribute__((noinline))  // where it is inlined, g++ forgets __restrict or unswitches at random
+// The CPU kernels: plain loops, which the compiler vectorizes. One file per instruction set sets the target of the
+// compiler and then includes these. A chunk fits into the caches of a core, so the loops may read it more than once.
+//
+// MUP2_VECTOR and MUP2_STREAM, if defined: a vector type, and the instruction that writes one past the caches.
+//
+// If g++ inlines a loop, it ignores __restrict or splits the loop at arbitrary conditions.
+#define MUP2_LOOP __attribute__((noinline))
 
 namespace mup2 {
 namespace {
 
-constexpr int kBlock = 256;   // elements that are copied or computed together
-constexpr int kColumns = kThreads < 128 ? kThreads : 128;  // of partial sums
-constexpr int kAhead = 8192;  // bytes
+constexpr int kBlock = 256;                                // elements that are copied or computed together
+constexpr int kColumns = kThreads < 128 ? kThreads : 128;  // partial sums of the norm within a chunk
+constexpr int kAhead = 8192;                               // bytes from reading to prefetching
 
-// memcpy that, where it pays, bypasses the caches: saves reading what is overwritten whole.
+// memcpy. With streaming it writes past the caches, which saves reading the memory that is about to be overwritten.
 inline void copy(void* to, const void* from, size_t bytes, bool streaming) {
   size_t done = 0;
 #ifdef MUP2_STREAM
@@ -22,13 +26,14 @@ inline void copy(void* to, const void* from, size_t bytes, bool streaming) {
 #endif
   if (done < bytes) memcpy((char*)to + done, (const char*)from + done, bytes - done);
 }
+// Makes streamed writes visible to other threads.
 inline void drain(bool streaming) {
 #ifdef MUP2_STREAM
   if (streaming) _mm_sfence();
 #endif
 }
 
-// f(i, chunk number i) for chunks [begin, end) of a batch.
+// Calls f(i, chunk number i) for the chunks [begin, end) of a batch.
 template <class B, class F> void each_chunk(const B& batch, int64_t begin, int64_t end, F f) {
   if (begin == end) return;
   uint32_t item = locate(batch, begin).item;
@@ -38,9 +43,10 @@ template <class B, class F> void each_chunk(const B& batch, int64_t begin, int64
   }
 }
 
-// Sum of squares of T g over one chunk in float64, which costs a CPU nothing, in an order that depends on n only. With
-// one stream to read, prefetching by hand is faster than the hardware's alone; with three or four it is slower.
-template <int variant, class W, class G> MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
+// Sum of squares of T g over one chunk, in an order that depends on n only. Float64 costs nothing, because the loop
+// waits for memory. Prefetching by hand helps here, where one stream is read; with three or four it makes loops slower.
+template <int variant, class W, class G>
+MUP2_LOOP double sum_squares(const W* __restrict w, const G* __restrict g, int n) {
   double columns[kColumns] = {};
   const int used = n < kColumns ? n : kColumns;
   const auto add = [&](int width) {
@@ -51,7 +57,7 @@ template <int variant, class W, class G> MUP2_LOOP double sum_squares(const W* _
   };
   for (; n >= kColumns; n -= kColumns, w += kColumns, g += kColumns) {
     for (int i = 0; i < kColumns * int(sizeof(G)); i += 64) __builtin_prefetch((const char*)g + kAhead + i);
-    add(kColumns);  // a constant, with which g++ makes better code
+    add(kColumns);  // g++ makes better code for a constant
   }
   add(n);
   return tree(columns, used);
@@ -61,7 +67,8 @@ template <class W, class G>
 void norm_chunk(const Item<2>& item, const Chunk& c, const NormState& state, int64_t partial, Variant variant) {
   const W* w = (const W*)item.ptr[kW] + c.begin;
   const G* g = (const G*)item.ptr[kG] + c.begin;
-  state.partials[partial] = variant == kElementwise ? sum_squares<kElementwise>(w, g, c.count) : sum_squares<kSam>(w, g, c.count);
+  const auto sum = variant == kElementwise ? sum_squares<kElementwise, W, G> : sum_squares<kSam, W, G>;
+  state.partials[partial] = sum(w, g, c.count);
   if (variant == kLayerwise) state.partials[state.n_partials + partial] = sum_squares<kSam>(w, w, c.count);
 }
 
@@ -73,7 +80,8 @@ void norm(const NormBatch& batch, const NormState& state, Types types, Variant v
   });
 }
 
-template <int variant, class W, class G> MUP2_LOOP void perturb_block(W* __restrict w, const G* __restrict g, Wide<W> c, int n) {
+template <int variant, class W, class G>
+MUP2_LOOP void perturb_block(W* __restrict w, const G* __restrict g, Wide<W> c, int n) {
   for (int i = 0; i < n; ++i) w[i] = narrow<W>(perturbed<variant, Wide<W>>(widen(w[i]), widen(g[i]), c));
 }
 
@@ -99,9 +107,10 @@ void perturb(const PerturbBatch& batch, const double* coefficient, Types types, 
   drain(streaming);
 }
 
+// New weights of n elements into out, from the weights `base` before the perturbation.
 template <class Method, Momentum momentum, class W, class G, class Rule>
-MUP2_LOOP void update_block(const Rule rule, const W* __restrict base, const G* __restrict g, W* __restrict m, W* __restrict v,
-                  W* __restrict out, int n) {
+MUP2_LOOP void update_block(const Rule rule, const W* __restrict base, const G* __restrict g, W* __restrict m,
+                            W* __restrict v, W* __restrict out, int n) {
   constexpr bool second = Method::kMoments > 1;
   for (int i = 0; i < n; ++i) {
     Wide<W> mi = momentum != kNoMomentum ? widen(m[i]) : 0, vi = second ? widen(v[i]) : 0;
@@ -114,7 +123,9 @@ MUP2_LOOP void update_block(const Rule rule, const W* __restrict base, const G* 
 template <class Method, class W, class G>
 void update_chunk(const UpdateBatch<Method>& batch, const Control& control, const Chunk& c, bool streaming) {
   const auto& item = batch.items[c.item];
-  const auto at = [&](int which, auto type) { return item.ptr[which] ? (decltype(type)*)item.ptr[which] + c.begin : nullptr; };
+  const auto at = [&](int which, auto type) {
+    return item.ptr[which] ? (decltype(type)*)item.ptr[which] + c.begin : nullptr;
+  };
   W *w = at(kW, W{}), *base = item.ptr[kBackup] ? at(kBackup, W{}) : w, *m = at(kM, W{}), *v = nullptr;
   if (Method::kMoments > 1) v = at(kV, W{});
   G* g = at(kG, G{});
@@ -138,7 +149,8 @@ void update_chunk(const UpdateBatch<Method>& batch, const Control& control, cons
 }
 
 template <class Method>
-void update(const UpdateBatch<Method>& batch, const Control& control, Types types, bool streaming, int64_t begin, int64_t end) {
+void update(const UpdateBatch<Method>& batch, const Control& control, Types types, bool streaming, int64_t begin,
+            int64_t end) {
   with_types(types, [&](auto w, auto g) {
     each_chunk(batch, begin, end, [&](int64_t, const Chunk& c) {
       update_chunk<Method, decltype(w), decltype(g)>(batch, control, c, streaming);

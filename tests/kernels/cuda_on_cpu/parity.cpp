@@ -1,17 +1,20 @@
-// The CUDA kernels, run on the CPU, against the CPU kernels: the norm to 1e-13; with equal norms every byte
-// that either writes must be equal.
+// Compares the CUDA kernels, which run on the CPU here, with the CPU kernels. The norms must agree to 1e-13. From equal
+// norms on, every byte that they write must be equal.
 //
-//   parity [small | one]     exits with 1 and says where they differ. small: fewer and shorter tensors; one: a single case
+//   parity [quick | one]     quick: one third of the cases, with fewer tensors. one: a single case.
 //
-// Tensors lie in allocations of their own, exactly as long as they are, so that AddressSanitizer sees every step beyond.
+// Exits with 1 after printing where they differ. Each tensor has an allocation of exactly its size, so that
+// AddressSanitizer sees every access beyond a tensor.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
 
-#include "batches.h"
-#include "kernels.h"
+#include "core/packing.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
 using namespace mup2;
 
@@ -46,7 +49,7 @@ void fill(Memory& memory, int64_t numel, Type type, bool positive) {
   }
 }
 
-// All memory of one optimizer on one side; both sides start from the same values.
+// All memory of one optimizer, for one of the two kinds of kernels. Both sides start from the same values.
 struct Side {
   std::vector<Memory> memories;
   std::vector<Entry> entries;
@@ -71,11 +74,16 @@ struct Side {
 
 struct Case {
   std::string name;
-  Types types;
-  Variant variant;
+  Types types = {kF32, kF32};
+  Variant variant = kSam;
   std::vector<int64_t> sizes;
-  int shift;         // of every second tensor, in elements
-  bool adam, moments = true, overflow = false, nan = false, scale = false, without_gradient = false;
+  int shift = 0;         // of every second tensor, in elements
+  bool adam = false;     // otherwise SGD
+  bool moments = true;   // false: SGD without momentum
+  bool overflow = false;  // a gradient whose square is beyond float32
+  bool nan = false;      // a gradient that is not a number
+  bool scale = false;    // gradients that are to be divided by the scale of the loss
+  bool without_gradient = false;  // in the update, for every second tensor
   int n_groups = 2;
 };
 
@@ -111,7 +119,8 @@ void compare(const Case& c, Side& a, Side& b, const char* after) {
   static const char* names[] = {"w", "g", "backup", "m", "v"};
   for (size_t i = 0; i < a.memories.size(); ++i) {
     const int per_tensor = c.adam ? 5 : 4;
-    const std::string what = std::string(names[i % per_tensor]) + " of tensor " + std::to_string(i / per_tensor) + " after " + after;
+    const std::string tensor = std::to_string(i / per_tensor);
+    const std::string what = std::string(names[i % per_tensor]) + " of tensor " + tensor + " after " + after;
     expect(a.memories[i].bytes == b.memories[i].bytes, c, what.c_str());
   }
   expect(same(a.partials, b.partials), c, "partial sums");
@@ -122,14 +131,17 @@ void compare(const Case& c, Side& a, Side& b, const char* after) {
   expect(same(b.counters, std::vector<uint32_t>(b.counters.size())) && b.counter == 0, c, "a counter that should be 0");
 }
 
-// The CPU sums in float64, CUDA in pairs of float32, in another order. With equal sums all else must be equal to the bit.
+// The CPU adds in float64, CUDA in pairs of float32 and in another order, so norms differ a little. They are compared,
+// and then CUDA gets the results of the CPU: from there on all bits must be equal.
 void settle(const Case& c, Side& cpu_side, Side& cuda_side) {
-  for (auto member : {&Side::partials, &Side::contribution, &Side::sums, &Side::norm, &Side::numerator, &Side::coefficient}) {
+  const auto close = [](double x, double y) {
+    return !memcmp(&x, &y, sizeof x) || (std::isnan(x) && std::isnan(y)) ||
+           (std::isfinite(x) && fabs(x - y) <= 1e-13 * fabs(x));
+  };
+  for (auto member : {&Side::partials, &Side::contribution, &Side::sums, &Side::norm, &Side::numerator,
+                      &Side::coefficient}) {
     const auto &a = cpu_side.*member, &b = cuda_side.*member;
-    bool close = a.size() == b.size();
-    for (size_t i = 0; close && i < a.size(); ++i)
-      close = !memcmp(&a[i], &b[i], sizeof a[i]) || (std::isfinite(a[i]) && fabs(a[i] - b[i]) <= 1e-13 * fabs(a[i])) || (a[i] != a[i] && b[i] != b[i]);
-    expect(close, c, "norm");
+    expect(std::equal(a.begin(), a.end(), b.begin(), b.end(), close), c, "norm");
     cuda_side.*member = a;
   }
 }
@@ -183,7 +195,10 @@ void run(const Case& c) {
       cpu.norm(batch, state, types, c.variant, 0, batch.n_chunks);
       for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, state, c.variant == kLayerwise);
     });
-    side == &cpu_side ? finish_all(state, ordered_sum(state.contribution, state.n_tensors)) : settle(c, cpu_side, cuda_side);
+    if (side == &cpu_side)
+      finish_all(state, ordered_sum(state.contribution, state.n_tensors));
+    else
+      settle(c, cpu_side, cuda_side);
     in_batches<PerturbBatch>(begin, end, {}, [&](const PerturbBatch& batch, Types types) {
       side == &cuda_side ? void(cuda_perturb(batch, state.coefficient, types, c.variant, nullptr))
                          : cpu.perturb(batch, state.coefficient, types, c.variant, true, 0, batch.n_chunks);
@@ -192,13 +207,13 @@ void run(const Case& c) {
   compare(c, cpu_side, cuda_side, "perturb");
   c.adam ? update<Adam>(c, cpu_side, cuda_side) : update<Sgd>(c, cpu_side, cuda_side);
 
-  const double square = 4;  // another device's share included
+  const double square = 4;  // as if another device had tensors too
   const NormState a = cpu_side.state(c.variant == kLayerwise), b = cuda_side.state(c.variant == kLayerwise);
   finish_all(a, square);
   cuda_combine(b, &square, nullptr);
   compare(c, cpu_side, cuda_side, "combine");
   for (Side* side : {&cpu_side, &cuda_side})
-    for (double& sum : side->sums) sum *= 3;  // three shards
+    for (double& sum : side->sums) sum *= 3;  // as if three processes had equal parts
   finish_from_sums(a, c.variant == kLayerwise);
   cuda_from_sums(b, c.variant == kLayerwise, nullptr);
   compare(c, cpu_side, cuda_side, "from sums");
@@ -208,32 +223,33 @@ void run(const Case& c) {
 
 int main(int argc, char** argv) {
   if (argc > 1 && !strcmp(argv[1], "one")) {
-    run({"one", {kF32, kF32}, kLayerwise, {3, 2 * kChunk + 1029, 5}, 0, true});
+    run({.name = "one", .variant = kLayerwise, .sizes = {3, 2 * kChunk + 1029, 5}, .adam = true});
     return differences != 0;
   }
-  const bool small = argc > 1 && !strcmp(argv[1], "small");
-  const std::vector<Types> all = {{kF32, kF32}, {kBF16, kBF16}, {kBF16, kF32}, {kF16, kF16}, {kF16, kF32}, {kF64, kF64}, {kF64, kF32}};
-  const std::vector<int64_t> edges = {1, 3, 4, 5, 7, 8, 9, kThreads, 4 * kThreads - 1, 4 * kThreads + 1, kChunk - 1, kChunk, kChunk + 1, 2 * kChunk + 5};
+  const bool quick = argc > 1 && !strcmp(argv[1], "quick");
+  const std::vector<Types> all = {{kF32, kF32}, {kBF16, kBF16}, {kBF16, kF32}, {kF16, kF16},
+                                  {kF16, kF32}, {kF64, kF64},   {kF64, kF32}};
   const std::vector<int64_t> some = {3, kChunk + 9, 2 * kChunk + 1030, 17};
-  const std::vector<int64_t>& sizes = small ? some : edges;
-  for (size_t t = 0; t < all.size(); t += small ? 3 : 1)
-    for (int variant = kSam; variant <= kLayerwise; ++variant)
-      for (int adam = 0; adam < 2; ++adam) {
-        Case c = {"types " + std::to_string(t) + " variant " + std::to_string(variant) + (adam ? " adam" : " sgd"), all[t],
-                  Variant(variant), t < 2 ? sizes : some, variant == 1 ? 1 : 0, adam != 0};
-        run(c);
-      }
-  const Types f32 = {kF32, kF32};
-  run({"unaligned", f32, kSam, sizes, 1, true});
-  run({"no momentum", f32, kSam, some, 0, false, false});
-  run({"overflowing squares", f32, kSam, some, 0, false, true, true});
-  run({"nan", f32, kElementwise, some, 0, true, true, false, true});
-  run({"loss scale", {kF16, kF16}, kSam, some, 1, false, true, false, false, true});
-  run({"some without gradient", f32, kSam, some, 0, true, true, false, false, false, true});
-  run({"many groups", f32, kSam, std::vector<int64_t>(small ? 9 : 70, 5), 0, false, true, false, false, false, false, small ? 9 : 70});
-  if (!small) {
-    run({"more tensors than a batch", f32, kSam, std::vector<int64_t>(1001, 3), 0, true});
-    run({"more tensors than a small batch", f32, kSam, std::vector<int64_t>(130, 3), 0, false});
+  const std::vector<int64_t> edges = {1,        3, 4, 5, 7, 8, 9, kThreads, 4 * kThreads - 1, 4 * kThreads + 1,
+                                      kChunk - 1, kChunk, kChunk + 1, 2 * kChunk + 5};
+  const std::vector<int64_t>& sizes = quick ? some : edges;
+  for (size_t t = 0; t < all.size(); t += quick ? 3 : 1)
+    for (Variant variant : {kSam, kElementwise, kLayerwise})
+      for (bool adam : {false, true})
+        run({.name = "types " + std::to_string(t) + " variant " + std::to_string(variant) + (adam ? " adam" : " sgd"),
+             .types = all[t], .variant = variant, .sizes = t < 2 ? sizes : some, .shift = variant == kElementwise,
+             .adam = adam});
+  run({.name = "unaligned", .sizes = sizes, .shift = 1, .adam = true});
+  run({.name = "no momentum", .sizes = some, .moments = false});
+  run({.name = "overflowing squares", .sizes = some, .overflow = true});
+  run({.name = "nan", .variant = kElementwise, .sizes = some, .adam = true, .nan = true});
+  run({.name = "loss scale", .types = {kF16, kF16}, .sizes = some, .shift = 1, .scale = true});
+  run({.name = "some without gradient", .sizes = some, .adam = true, .without_gradient = true});
+  const int many = quick ? 9 : 70;  // more groups than a small batch has, and more than any batch has
+  run({.name = "many groups", .sizes = std::vector<int64_t>(many, 5), .n_groups = many});
+  if (!quick) {
+    run({.name = "more tensors than a batch", .sizes = std::vector<int64_t>(1001, 3), .adam = true});
+    run({.name = "more tensors than a small batch", .sizes = std::vector<int64_t>(130, 3)});
   }
   printf("%d cases, %d differences\n", cases, differences);
   return differences != 0;

@@ -1,10 +1,10 @@
-// A CUDA runtime that runs kernels on the CPU, for tests: put this folder before the toolkit's on the include path and
-// compile a .cu file with g++ -std=c++20 -x c++. One std::thread per CUDA thread, so that sanitizers see what the threads of
-// a block and of concurrent blocks do to each other.
+// A CUDA runtime for tests that runs kernels on the CPU: put this folder before the toolkit's on the include path and
+// compile a .cu file with g++ -std=c++20 -x c++. Each CUDA thread is a std::thread, so sanitizers see what the threads
+// of a block, and of blocks that run at the same time, do to each other.
 //
-// A few blocks run at a time, each on its own threads, the next ones on those of a finished one, in shuffled order. Between
-// blocks there is no synchronization but atomics and fences, and to ThreadSanitizer atomics alone order nothing: a fence
-// that is missing is a data race. Shared memory is filled with ones at the start of a block.
+// A few blocks run at a time, in shuffled order, each on threads of its own that later blocks use again. Blocks are
+// ordered by atomics and fences only. ThreadSanitizer is told that atomics alone order nothing, so a missing fence is a
+// data race. Shared memory is filled with ones at the start of a block, so that nobody can rely on zeros.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -43,9 +43,9 @@ inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
 namespace cuda_on_cpu {
 
 constexpr unsigned kWarpSize = 32, kConcurrentBlocks = 3, kSharedBytes = 48 << 10, kParameterBytes = 32764;
-inline unsigned long long launches = 0;  // also the seed of the order of blocks
+inline unsigned long long launches = 0;  // so far; the seed of the order of blocks
 
-// std::barrier would order the threads of different blocks too: its waiters share a table.
+// Not a std::barrier: its waiters share a table, which would order the threads of different blocks too.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
@@ -66,7 +66,8 @@ class Barrier {
 
 struct Block {
   explicit Block(unsigned threads) : all(threads), exchange(threads) {
-    for (unsigned i = 0; i < threads; i += kWarpSize) warps.push_back(std::make_unique<Barrier>(std::min(kWarpSize, threads - i)));
+    for (unsigned i = 0; i < threads; i += kWarpSize)
+      warps.push_back(std::make_unique<Barrier>(std::min(kWarpSize, threads - i)));
   }
   Barrier all;
   std::vector<std::unique_ptr<Barrier>> warps;
@@ -84,10 +85,11 @@ template <class T> T& shared() {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// Fences and relaxed atomics as C++ has them, which ThreadSanitizer does not know by itself: what a thread wrote before a
-// fence is seen after a fence by a thread that in between reads an atomic which the first one wrote after its fence.
+// Fences with relaxed atomics, as C++ defines them. ThreadSanitizer must be told the rule: if thread A writes memory,
+// then passes a fence, then writes an atomic, and thread B reads that atomic and then passes a fence, then B sees the
+// memory.
 #if defined(__SANITIZE_THREAD__)
-inline thread_local bool fenced = false;  // a fence, and then no barrier: it covers all that was written
+inline thread_local bool fenced = false;  // there was a fence, and no barrier since: all writes are before the fence
 inline thread_local unsigned* observed = nullptr;
 inline void before_atomic(unsigned* p) {
   if (fenced) __tsan_release(p);
@@ -129,7 +131,8 @@ inline unsigned atomicExch(unsigned* p, unsigned x) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   using namespace cuda_on_cpu;
   static_assert((sizeof(Parameters) + ... + 0) <= kParameterBytes, "too many bytes of kernel parameters");
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;

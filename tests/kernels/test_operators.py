@@ -1,0 +1,289 @@
+"""torch.ops.mup2: against mup2_ref, torch.optim and float64, and bit for bit where that is due."""
+
+import copy
+import math
+
+import pytest
+import torch
+from kernel_cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    TYPE_IDS,
+    TYPES,
+    assert_as_accurate,
+    clones,
+    equal,
+    some_unaligned,
+    tensors,
+)
+from torch import nn
+
+import mup2_fused
+import mup2_ref
+
+ops = torch.ops.mup2
+VARIANTS = mup2_ref.VARIANTS
+rounds_as_torch = mup2_fused.instruction_set != "baseline"  # torch's own kernels use fused multiply-add
+
+
+# ------------------------------------------------------------------------------------------------ norm and perturbation
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_norm(device, types, variant):
+    w, g = (some_unaligned(dtype, device) for dtype in types)
+    scalings = [0.5 + 0.1 * i for i in range(len(w))]
+    rhos = [0.1 * i for i in range(len(w))]
+    results = norm, coefficients, norms, nonfinite = ops.joint_norm(w, g, rhos, scalings, variant)
+    expected = [mup2_ref.contribution(a, b, s, variant) for a, b, s in zip(w, g, scalings)]
+    joint = mup2_ref.joint_norm(list(zip(w, g, scalings)), variant)
+    torch.testing.assert_close(norms, torch.stack(expected), rtol=1e-13, atol=0)
+    torch.testing.assert_close(norm, joint, rtol=1e-13, atol=0)
+    T = [mup2_ref.normalizer(a.double(), variant) if variant == "layerwise" else 1 for a in w]
+    c = torch.stack([torch.as_tensor(r * t**2 / (joint + 1e-12)).to(joint) for r, t in zip(rhos, T)])
+    torch.testing.assert_close(coefficients, c, rtol=1e-13, atol=0)
+    assert nonfinite.item() == 0
+    assert equal(results, ops.joint_norm(w, g, rhos, scalings, variant)), "the same bits every time"
+    assert equal(results, ops.joint_norm(clones(w), clones(g), rhos, scalings, variant)), "wherever tensors begin"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_not_finite_gives_coefficients_of_zero(device, value):
+    w, g = tensors(F32, device), tensors(F32, device)
+    g[-1][-1] = value
+    norm, coefficients, _, nonfinite = ops.joint_norm(w, g, [0.1] * len(w), [1.0] * len(w), "sam")
+    assert not norm.isfinite() and nonfinite.item() == 1 and not coefficients.any()
+
+
+def test_squares_beyond_float32(device):
+    g = [torch.full((9000,), 1e25, device=device), torch.ones(5, device=device)]
+    norm, _, _, nonfinite = ops.joint_norm(g, g, [0.1] * 2, [1.0] * 2, "sam")
+    assert nonfinite.item() == 0
+    torch.testing.assert_close(norm.item(), 1e25 * math.sqrt(9000), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_perturb_and_restore(device, types, variant):
+    w, g = (some_unaligned(dtype, device) for dtype in types)
+    before, gradients = clones(w), clones(g)
+    backup = [torch.full_like(x, math.nan) for x in w]
+    coefficients = torch.linspace(0, 0.3, len(w), dtype=F64, device=device)
+    ops.perturb_(w, g, backup, coefficients, variant)
+    assert equal(backup, before) and equal(g, gradients)
+    assert equal(w[:1], before[:1]), "coefficient 0"
+    base = "elementwise" if variant == "elementwise" else "sam"  # layerwise: T² is in the coefficient
+    reference, exact = clones(before), [x.double().clone() for x in before]
+    for i, c in enumerate(coefficients):
+        mup2_ref.perturb_(reference[i], g[i], c, base)
+        mup2_ref.perturb_(exact[i], g[i].double(), c, base)
+    assert equal(w[1:], reference[1:]) or types == (F64, F32)  # where the reference multiplies in float32
+    assert_as_accurate(w, reference, exact)
+    ops.restore_(w, backup)
+    assert equal(w, before)
+
+
+# ------------------------------------------------------------------------------------------------ updates
+
+
+def torch_update(optimizer, w, g, steps, **kwargs):
+    """Weights and moments of torch.optim after a few steps with the same gradients."""
+    params = [nn.Parameter(x.clone()) for x in w]
+    opt = optimizer(params, foreach=False, **kwargs)
+    for _ in range(steps):
+        for p, x in zip(params, g):
+            p.grad = x.to(p.dtype)
+        opt.step()
+    return [p.detach() for p in params], [opt.state[p] for p in params]
+
+
+def torch_updates(optimizer, w, g, **kwargs):
+    """torch_update() in the dtype of the weights, and in float64."""
+    return (torch_update(optimizer, start, g, 3, lr=0.01, **kwargs) for start in (w, [x.double() for x in w]))
+
+
+def forget(w):
+    """Clones of the weights as backups; the weights become NaN, so that an update must start from the backups."""
+    backup = clones(w)
+    for x in w:
+        x.fill_(math.nan)
+    return backup
+
+
+NESTEROV = dict(momentum=0.9, weight_decay=0.1, nesterov=True)
+DAMPENED = dict(momentum=0.9, dampening=0.5, maximize=True)
+SGD_CASES = [(types, options) for types in TYPES for options in (NESTEROV, DAMPENED)]
+SGD_CASES += [(types, o) for types in TYPES[:3] for o in (dict(), dict(weight_decay=0.1), dict(momentum=0.9))]
+
+
+@pytest.mark.parametrize("types, options", SGD_CASES, ids=str)
+def test_sgd(device, types, options):
+    w, g = (some_unaligned(dtype, device) for dtype in types)
+    start, lr = clones(w), torch.tensor(0.01, dtype=F64)
+    momentum = [torch.zeros_like(x) for x in w] if "momentum" in options else []
+    for i in range(3):
+        backup = forget(w)
+        ops.sgd_(w, g, backup, momentum, lr, first=i == 0, **options)
+    (reference, state), (exact, exact_state) = torch_updates(torch.optim.SGD, start, g, **options)
+    assert_as_accurate(w, reference, exact)
+    if momentum:
+        assert_as_accurate(momentum, *([s["momentum_buffer"] for s in states] for states in (state, exact_state)))
+        assert all(m.any() for m in momentum)
+    if device == "cpu" and types == (F32, F32) and rounds_as_torch:
+        assert equal(w, reference)
+
+
+@pytest.mark.parametrize("options", [dict(weight_decay=0.1), dict(weight_decay=0.0, maximize=True)], ids=str)
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_adam(device, types, decoupled, options):
+    w, g = (some_unaligned(dtype, device) for dtype in types)
+    start, lr = clones(w), torch.tensor(0.01, dtype=F64)
+    m, v = ([torch.zeros_like(x) for x in w] for _ in range(2))
+    steps = [torch.zeros((), device=device) for _ in w]
+    for _ in range(3):
+        backup = forget(w)
+        ops.adam_(w, g, backup, m, v, steps, lr, eps=1e-4, decoupled=decoupled, **options)
+    assert all(s.item() == 3 for s in steps)
+    optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
+    (reference, state), (exact, exact_state) = torch_updates(optimizer, start, g, eps=1e-4, **options)
+    assert_as_accurate(w, reference, exact)
+    for ours, key in ((m, "exp_avg"), (v, "exp_avg_sq")):
+        assert_as_accurate(ours, [s[key] for s in state], [s[key] for s in exact_state])
+
+
+def test_an_update_without_backup_starts_from_the_weights(device):
+    w, g = tensors(F32, device), tensors(F32, device)
+    before = clones(w)
+    ops.sgd_(w, g, [], [], torch.tensor(0.5))
+    assert equal(w, [x - 0.5 * y for x, y in zip(before, g)])
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_the_skip_flag_only_restores(device, skip):
+    w, g, m = (tensors(F32, device) for _ in range(3))
+    backup, momentum = [x + 1 for x in w], clones(m)
+    flag = torch.tensor([skip], dtype=torch.int32, device=device)
+    ops.sgd_(w, g, backup, m, torch.tensor(0.5), momentum=0.9, skip=flag)
+    assert equal(w, backup) == equal(m, momentum) == bool(skip)
+
+
+def test_numbers_of_16_bits(device):
+    """Every float16 and bfloat16 survives, and float32 values round to them as torch rounds."""
+    lr, zero = torch.tensor(-1.0), torch.zeros
+    for dtype in (F16, BF16):
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+        every = every[~every.isnan()]
+        w = every.clone()
+        ops.sgd_([w], [zero(len(w), device=device)], [], [], lr)
+        assert torch.equal(w, every)  # but for the sign of 0
+        finite = every[every.isfinite()].float()
+        halfway = [finite, finite * (1 + 2**-11), finite * (1 + 3 * 2**-12), finite * (1 + 2**-9)]
+        small = torch.randn(10**5, device=device).exp() * 1e-5
+        x = torch.cat([*halfway, small, torch.tensor([65519.9, 65520.0, -1e38, 1e-9], device=device)])
+        w = zero(len(x), dtype=dtype, device=device)
+        ops.sgd_([w], [x], [], [], lr)
+        assert torch.equal(w, x.to(dtype))
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+LAYOUTS = {
+    "channels_last": lambda: torch.randn(4, 6, 5, 3).contiguous(memory_format=torch.channels_last),
+    "transposed": lambda: torch.randn(70, 130).t(),
+    "strided": lambda: torch.randn(33, 64)[:, ::2],
+    "gap": lambda: torch.randn(33, 64)[:, 3:40],
+    "size one": lambda: torch.randn(5, 1, 7).transpose(0, 1),
+    "scalar": lambda: torch.randn(()),
+    "empty": lambda: torch.randn(3, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(device, layout):
+    """Elements are paired by index, not by address, whatever the strides of weight, gradient, backup and moment."""
+    strided = lambda: LAYOUTS[layout]().to(device)
+    alike = lambda x: torch.empty_strided(x.shape, x.stride(), device=device).copy_(torch.randn(x.shape))
+    w = [alike(strided()), strided()]
+    other = lambda: torch.randn(w[0].shape).to(device).transpose(0, -1).contiguous().transpose(0, -1)
+    contiguous = lambda: torch.randn(w[0].shape).to(device)
+    g = [contiguous(), alike(w[0])] if w[0].ndim == 0 else [other(), contiguous()]
+    backup, m = [contiguous(), alike(w[0])], [alike(w[0]), contiguous()]
+    before, addresses, strides = clones(w), [x.data_ptr() for x in w], [x.stride() for x in w]
+    ops.perturb_(w, g, backup, torch.full((2,), 0.5, dtype=F64, device=device), "sam")
+    assert all(torch.equal(x, b + 0.5 * y) for x, b, y in zip(w, before, g))
+    assert all(map(torch.equal, backup, before))
+    ops.sgd_(w, g, backup, m, torch.tensor(0.5), momentum=1.0, first=True)
+    assert all(map(torch.equal, m, g))
+    assert all(torch.equal(x, b - 0.5 * y) for x, b, y in zip(w, before, g))
+    assert addresses == [x.data_ptr() for x in w] and strides == [x.stride() for x in w]
+
+
+# ------------------------------------------------------------------------------------------------ operators of torch
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_operators_pass_opcheck(device, variant):
+    w, g, m, v = ([torch.rand(n, device=device) for n in (3, 0, 1025)] for _ in range(4))
+    backup, steps, lr = clones(w), [torch.ones((), device=device) for _ in w], torch.tensor(0.1)
+    torch.library.opcheck(ops.joint_norm, (w, g, [0.1] * 3, [1.0] * 3, variant))
+    torch.library.opcheck(ops.perturb_, (w, g, backup, torch.full((3,), 0.1, dtype=F64, device=device), variant))
+    if variant == "sam":  # the others do not depend on it
+        torch.library.opcheck(ops.restore_, (w, backup))
+        torch.library.opcheck(ops.sgd_, (w, g, backup, m, lr), {"momentum": 0.9})
+        torch.library.opcheck(ops.adam_, (w, g, backup, m, v, steps, lr))
+
+
+def test_operators_in_a_compiled_function(device):
+    def step(w, g1, g2, m, lr):
+        _norm, c, _norms, nonfinite = ops.joint_norm(w, g1, [0.1] * len(w), [1.0] * len(w), "sam")
+        backup = [torch.empty_like(x) for x in w]
+        ops.perturb_(w, g1, backup, c, "sam")
+        moved = [x.clone() for x in w]
+        ops.sgd_(w, g2, backup, m, lr, momentum=0.9, skip=nonfinite)
+        return moved
+
+    arguments = [tensors(F32, device, (3, 1025)) for _ in range(4)] + [torch.tensor(0.1)]
+    twin = copy.deepcopy(arguments)
+    moved = step(*arguments)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*twin)
+    assert equal(moved, compiled) and equal(arguments[0], twin[0]) and equal(arguments[3], twin[3])
+
+
+def test_operators_bump_versions(device):
+    w, g, m = (tensors(F32, device, (3, 5)) for _ in range(3))
+    backup = clones(w)
+    for call in (
+        lambda: ops.perturb_(w, g, backup, torch.ones(2, dtype=F64, device=device), "sam"),
+        lambda: ops.restore_(w, backup),
+        lambda: ops.sgd_(w, g, backup, m, torch.tensor(0.1), momentum=0.9),
+    ):
+        versions = [x._version for x in w]
+        call()
+        assert all(x._version > v for x, v in zip(w, versions))
+
+
+def test_operators_refuse_bad_input():
+    w, g = tensors(F32, "cpu", (3, 5)), tensors(F32, "cpu", (3, 5))
+    before, lr, ones = clones(w), torch.tensor(0.1), torch.ones(2, dtype=F64)
+    expanded = torch.ones(1).expand(3)
+    for error, match, call in (
+        (RuntimeError, "shape", lambda: ops.perturb_(w, g[::-1], clones(w), ones, "sam")),
+        (RuntimeError, r"in one place .*clone\(\)", lambda: ops.restore_([expanded], [expanded])),
+        (ValueError, "unknown variant", lambda: ops.perturb_(w, g, clones(w), ones, "asam")),
+        (RuntimeError, "equal lengths", lambda: ops.restore_(w, w[:1])),
+        (RuntimeError, "equal lengths", lambda: ops.joint_norm(w, [], [0.1] * 2, [1.0] * 2, "sam")),
+        (RuntimeError, "equal lengths", lambda: ops.perturb_(w, g, [], ones, "sam")),
+        (RuntimeError, "equal lengths", lambda: ops.sgd_(w, g, [], [], lr, momentum=0.9)),
+        (RuntimeError, "step count", lambda: ops.adam_(w, g, [], w, w, [ones[:1]] * 2, lr)),
+        (RuntimeError, "a rho", lambda: ops.joint_norm(w, g, [0.1], [1.0, 1.0], "sam")),
+        (TypeError, "not for ComplexFloat: use SAM", lambda: ops.restore_([w[0].to(torch.cfloat)], [w[0]])),
+        (TypeError, "only float32 gradients", lambda: ops.sgd_(w, [x.half() for x in g], [], [], lr)),
+        (TypeError, "a state tensor is", lambda: ops.sgd_(w, g, [], [x.half() for x in g], lr, momentum=0.9)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert equal(w, before)

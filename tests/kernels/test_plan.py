@@ -1,0 +1,140 @@
+"""The plan: what it reads from an optimizer's objects, when it refuses, and what it leaves behind."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_cases import F32, clones, equal, tensors
+from torch import nn
+
+import mup2_ref
+from mup2_fused import _C
+
+
+class Optimizer:
+    """A plan together with the objects that it is given: groups and state of a torch optimizer, and a phase."""
+
+    def __init__(self, base, params, device="cpu", **options):
+        self.params = params
+        group = dict(params=params, rho=0.5, gradnorm_scaling=2.0, perturb=True)
+        self.base = base([group], lr=0.1, **options)
+        self.phase = SimpleNamespace(backups=None)
+        self.plan = _C.Plan()
+
+    def climb(self, variant="sam", reduce=None):
+        return self.plan.climb(self.base.param_groups, self.phase, variant, reduce)
+
+    def descend(self, method="sgd", grad_scale=None, found_inf=None, skip_nonfinite=False, share=None):
+        options = (method, self.create, grad_scale, found_inf, skip_nonfinite, share)
+        return self.plan.descend(self.base.param_groups, self.base.state, self.phase, *options)
+
+    def create(self, p, keys):
+        for key in keys:
+            self.base.state[p][key] = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+        return self.base.state[p]
+
+
+def parameters(device, sizes=(3, 9000, 0, 7)):
+    params = [nn.Parameter(x) for x in tensors(F32, device, sizes)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+@pytest.mark.parametrize("variant", mup2_ref.VARIANTS)
+def test_climb_and_descend(device, variant):
+    o = Optimizer(torch.optim.SGD, parameters(device), momentum=0.9)
+    before = clones(o.params)
+    assert o.climb(variant) and equal([w for _, w in o.phase.backups], before)
+    joint = mup2_ref.joint_norm([(w, p.grad, 2.0) for w, p in zip(before, o.params)], variant)
+    norm, each = o.plan.norms()
+    assert norm == pytest.approx(joint.item()) == pytest.approx(math.hypot(*each)) and each[2] == 0
+    expected = clones(before)
+    for w, p in zip(expected, o.params):
+        mup2_ref.perturb_(w, p.grad, 0.5 / (joint + mup2_ref.EPS), variant)
+    torch.testing.assert_close([p.detach() for p in o.params], expected)
+    assert o.descend() and o.phase.backups is None and o.plan.finite() and o.plan.skipped() == 0
+    torch.testing.assert_close([p.detach() for p in o.params], [w - 0.1 * p.grad for w, p in zip(before, o.params)])
+    assert all(torch.equal(o.base.state[p]["momentum_buffer"], p.grad) for p in o.params)
+
+
+def test_a_gradient_that_is_not_finite(device):
+    o = Optimizer(torch.optim.Adam, parameters(device))
+    before = clones(o.params)
+    o.params[1].grad[5] = math.nan
+    assert o.climb() and equal(o.params, before) and not o.plan.finite()
+    assert o.descend("adam") and equal(o.params, before) and o.plan.skipped() == 1
+    assert all(o.base.state[p]["step"] == 0 for p in o.params)
+    o.params[1].grad[5] = 0
+    assert o.climb() and o.plan.finite()
+    o.params[1].grad[5] = math.inf
+    assert o.descend("adam", skip_nonfinite=True) and equal(o.params, before) and o.plan.skipped() == 2
+
+
+def test_scaled_losses(device):
+    o = Optimizer(torch.optim.SGD, parameters(device))
+    before, gradients = clones(o.params), clones([p.grad for p in o.params])
+    number = lambda x: torch.tensor(x, device=device)
+    assert o.climb() and o.descend(grad_scale=number(4.0), found_inf=number(1.0))
+    assert equal(o.params, before) and equal([p.grad for p in o.params], [g / 4 for g in gradients])
+    assert o.climb() and o.descend(grad_scale=number(4.0), found_inf=number(0.0))
+    assert o.plan.skipped() == 1
+    torch.testing.assert_close([p.detach() for p in o.params], [w - 0.1 * g / 16 for w, g in zip(before, gradients)])
+
+
+def test_sums_over_processes(device):
+    """Three more processes with equal parts of every tensor: the norm doubles. A process may hold an empty part."""
+    alone, together = (Optimizer(torch.optim.SGD, parameters(device)) for _ in range(2))
+    for p, q in zip(together.params, alone.params):
+        p.data.copy_(q.data), p.grad.copy_(q.grad)
+    rows = []
+    assert alone.climb() and together.climb(reduce=lambda sums, index: (rows.extend(index), sums.mul_(4)))
+    assert rows == [0, 1, 2, 3] and together.plan.norms()[0] == pytest.approx(2 * alone.plan.norms()[0])
+    flags = []
+    assert together.descend(skip_nonfinite=True, share=lambda flag: (flags.append(flag.clone()), flag.fill_(1)))
+    assert [flag.item() for flag in flags] == [0] and together.plan.skipped() == 1
+
+
+def test_it_refuses_and_changes_nothing():
+    """Then torch's operations do the pass."""
+    sparse = nn.Parameter(torch.randn(4, 2))
+    sparse.grad = torch.ones(4, 2).to_sparse()
+    w = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+    w.grad = torch.ones_like(w)
+    memory = torch.randn(8)
+    twins = [nn.Parameter(memory[:5]), nn.Parameter(memory[4:])]
+    for p in twins:
+        p.grad = torch.ones_like(p)
+    for params in ([sparse], [w], twins):
+        o, before = Optimizer(torch.optim.SGD, params), clones(params)
+        assert not o.climb() and o.phase.backups is None and all(map(torch.equal, params, before))
+    for base, options, method in (
+        (torch.optim.Adam, dict(amsgrad=True), "adam"),
+        (torch.optim.SGD, dict(momentum=0.9, dampening=0.5), "sgd"),  # the first momentum is the whole gradient
+    ):
+        o = Optimizer(base, parameters("cpu"), **options)
+        assert o.climb()
+        moved, backups = clones(o.params), o.phase.backups
+        assert not o.descend(method) and equal(o.params, moved) and not o.base.state
+        o.plan.restore(backups)
+        assert equal(o.params, [w for _, w in backups])
+
+
+def test_unknown_devices_and_types_say_what_to_do():
+    p = nn.Parameter(torch.empty(3, device="meta"))
+    p.grad = torch.empty(3, device="meta")
+    with pytest.raises(RuntimeError, match=r'for the CPU and for CUDA, not for meta: use SAM\(..., backend="torch"\)'):
+        Optimizer(torch.optim.SGD, [p]).climb()
+    with pytest.raises(ValueError, match="unknown variant asam"):
+        Optimizer(torch.optim.SGD, parameters("cpu")).climb("asam")
+
+
+def test_the_memory_of_captured_graphs(device):
+    """Backups and workspaces keep their addresses from step to step."""
+    o = Optimizer(torch.optim.SGD, parameters(device))
+    assert o.climb() and o.descend(skip_nonfinite=True)
+    addresses = [t.data_ptr() for t in o.plan.memory()]
+    assert len(addresses) > len(o.params)
+    assert o.climb() and [w.data_ptr() for _, w in o.phase.backups] == addresses[: len(o.params)]
+    assert o.descend(skip_nonfinite=True) and [t.data_ptr() for t in o.plan.memory()] == addresses
