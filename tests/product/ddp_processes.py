@@ -1,23 +1,17 @@
-"""Run by tests/test_loops.py under torch.distributed.run: SAM in two processes, against one process on all data.
-
-Prints nothing and ends with 0 if all assertions hold in both.
-"""
+"""Run by test_processes.py in several processes: SAM with DistributedDataParallel, against one process on all data."""
 
 import copy
-import sys
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import torch
-import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
 import torch.distributed as dist
+from small_problems import equal, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mup2_fused
-import mup2_ref
-from mup2_ref import MLP, accumulate
+import mup2_fused as mup2
+from mup2_fused import MLP, accumulate
 
 STEPS, PER_RANK = 5, 8
 
@@ -97,10 +91,10 @@ def check_not_finite_in_one(SAM):
     torch.manual_seed(0)
     model = DistributedDataParallel(MLP(5, 16, 3))
     opt = SAM(model.parameters(), lr=0.1, rho=0.2, momentum=0.9)
-    rank = dist.get_rank()
+    world, rank = dist.get_world_size(), dist.get_rank()
     for step in range(4):
-        x, y = torch.randn(2, PER_RANK, 5), torch.randint(3, (2, PER_RANK))
-        before = [p.detach().clone() for p in model.parameters()]
+        x, y = torch.randn(world, PER_RANK, 5), torch.randint(3, (world, PER_RANK))
+        before = weights(model)
         opt.zero_grad()
         accumulate(model, [(x[rank], y[rank])], synchronize=False)
         broken = step in (1, 2)
@@ -109,11 +103,11 @@ def check_not_finite_in_one(SAM):
         with opt.perturbed(dist.group.WORLD) if step == 1 else nullcontext():
             if step != 1:
                 opt.first_step(zero_grad=True, process_group=dist.group.WORLD)
-            assert broken == all(map(torch.equal, model.parameters(), before))
+            assert broken == equal(weights(model), before)
             opt.zero_grad()
             accumulate(model, [(x[rank], y[rank])])
         opt.second_step()
-        assert broken == all(map(torch.equal, model.parameters(), before))
+        assert broken == equal(weights(model), before)
         assert same_everywhere(model.parameters())
     assert opt.skipped_steps == 2
 
@@ -122,7 +116,7 @@ def check_no_gradient_in_one(SAM):
     """It climbs nowhere, keeps up with the others, and skips with them."""
     rank = dist.get_rank()
     for value, skipped in ((1.0, 0), (torch.nan, 1)):
-        w = torch.nn.Parameter(torch.ones(3))
+        w = nn.Parameter(torch.ones(3))
         opt = SAM([w], lr=0.1, rho=0.2)
         w.grad = torch.full_like(w, value) if rank == 0 else None
         opt.first_step(process_group=dist.group.WORLD)
@@ -132,13 +126,10 @@ def check_no_gradient_in_one(SAM):
         assert opt.skipped_steps == skipped and (w[0] < 1) == (not skipped)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for SAM in (mup2_ref.SAM, mup2_fused.SAM):
-        for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
-            check_synchronized(SAM, **ddp)
-        check_m_sharpness(SAM)
-        check_not_finite_in_one(SAM)
-        check_no_gradient_in_one(SAM)
-    dist.destroy_process_group()
+def check_data_parallel(backend):
+    SAM = partial(mup2.SAM, backend=backend)
+    for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+        check_synchronized(SAM, **ddp)
+    check_m_sharpness(SAM)
+    check_not_finite_in_one(SAM)
+    check_no_gradient_in_one(SAM)

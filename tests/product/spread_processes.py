@@ -1,24 +1,23 @@
-"""Run by tests/test_loops.py under torch.distributed.run: SAM with parameters that are spread over processes.
+"""Run by test_processes.py in four processes: SAM with parameters that are spread over processes as DTensors.
 
-`save FOLDER` in four processes compares every way of spreading with one process that has the same data, and saves two
-checkpoints; `load FOLDER` in another number of processes goes on from them. Ends with 0 if all assertions hold.
+Every way of spreading is compared with one process that has the same data. Checkpoints are read by three processes and
+by one.
 """
 
+import contextlib
 import copy
-import os
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from small_problems import backward, equal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -28,11 +27,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mup2_fused
-import mup2_ref
+import mup2_fused as mup2
+from mup2_fused import torch_passes
 
-BATCH, STEPS = 8, 3
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, STEPS = 8, 2
 
 
 class Net(nn.Module):
@@ -61,30 +60,23 @@ def tensor_parallel(model, mesh):
     return parallelize_module(model, mesh, plan)
 
 
-def spread(model, how):
-    """(the model over all processes, number of different batches, which of them is this process's)."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if how == "tensor parallel":
-        return tensor_parallel(model, init_device_mesh("cpu", (world,))), 1, 0
-    if how == "fsdp":
-        mesh = init_device_mesh("cpu", (world,))
-    else:
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
-    if how == "fsdp of tensor parallel":
-        tensor_parallel(model, mesh["inner"])
-        mesh = mesh["outer"]
-        world, rank = 2, mesh.get_local_rank()
+def fsdp(model, mesh):
     for layer in (model.up, model.down):
         fully_shard(layer, mesh=mesh)
-    # With a mesh of two dimensions, copies of what is sharded.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True), world, rank
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def backward(model, x, y):
-    model.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), y)
-    loss.backward()
-    return loss.detach()
+def spread(model, how):
+    """(the model over all processes, number of different batches, which of them is this process's)."""
+    if how == "tensor parallel":
+        return tensor_parallel(model, init_device_mesh("cpu", (4,))), 1, 0
+    if how == "fsdp":
+        return fsdp(model, init_device_mesh("cpu", (4,))), 4, dist.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    if how == "fsdp of tensor parallel":
+        tensor_parallel(model, mesh["inner"])
+        return fsdp(model, mesh["outer"]), 2, mesh["outer"].get_local_rank()
+    return fsdp(model, mesh), 4, dist.get_rank()  # with a mesh of two dimensions, copies of what is sharded
 
 
 def whole(t):
@@ -99,11 +91,8 @@ def parts(model):
     return [part(p.detach()).clone() for p in model.parameters()]
 
 
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b))
-
-
 def pair(SAM, how="fsdp", base=torch.optim.SGD, **kwargs):
+    """A model over all processes and its twin in this one, their optimizers, and this process's part of a batch."""
     torch.manual_seed(0)
     alone = Net().double()
     model, batches, mine = spread(copy.deepcopy(alone), how)
@@ -211,7 +200,7 @@ def check_nothing_here(SAM, base):
     """Only the first process has anything of the one tensor; all skip and count the same."""
     torch.manual_seed(0)
     alone = nn.Linear(5, 1, bias=False).double()
-    model = fully_shard(copy.deepcopy(alone), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model = fully_shard(copy.deepcopy(alone), mesh=init_device_mesh("cpu", (4,)))
     optimizers = [SAM(m.parameters(), base, lr=0.1, rho=0.2, skip_nonfinite=True) for m in (model, alone)]
     x = torch.randn(4, 8, 5).double()
     x[1, 0, 0] = torch.nan
@@ -249,94 +238,99 @@ def check_scaler(SAM):
     assert_close(model, alone)
 
 
-def check(SAM):
-    for variant in ("sam", "elementwise", "layerwise"):
-        check_steps(SAM, "fsdp", torch.optim.SGD, variant)
-    for how in ("copies of shards", "tensor parallel", "fsdp of tensor parallel"):
-        check_steps(SAM, how, torch.optim.SGD, "layerwise")
-        check_steps(SAM, how, torch.optim.AdamW, "elementwise")
-    check_forward_alone(SAM)
-    for base in (torch.optim.SGD, torch.optim.AdamW):
-        check_nothing_here(SAM, base)
-    check_not_finite(SAM)
-    check_not_finite(SAM, skip_nonfinite=True)
-    check_scaler(SAM)
+def check_seen_perturbation():
+    model, _, opt, *_ = pair(mup2.SAM)
+    backward(model, *data(1, 0))
+    try:
+        mup2.seen_perturbation(opt)
+        raise AssertionError("an error was due")
+    except TypeError as error:
+        assert "DTensors" in str(error)
+
+
+def check_spread_parameters(backend):
+    SAM = partial(mup2.SAM, backend=backend)
+    unused = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("climb", "descend")}
+    with mock.patch.multiple(torch_passes, **unused) if backend == "compiled" else contextlib.nullcontext():
+        for variant in ("sam", "elementwise", "layerwise"):
+            check_steps(SAM, "fsdp", torch.optim.SGD, variant)
+        for how in ("copies of shards", "tensor parallel", "fsdp of tensor parallel"):
+            check_steps(SAM, how, torch.optim.SGD, "layerwise")
+            if backend == "compiled":  # whose update, too, is not torch's own
+                check_steps(SAM, how, torch.optim.AdamW, "elementwise")
+        check_forward_alone(SAM)
+        for base in (torch.optim.SGD, torch.optim.AdamW):
+            check_nothing_here(SAM, base)
+        check_not_finite(SAM)
+        check_not_finite(SAM, skip_nonfinite=True)
+        check_scaler(SAM)
+
+
+# ---------------------------------------------------------------------------------------- checkpoints
 
 
 def check_recipe(folder):
-    """The README's, for both optimizers: on the same weights the same state, and a checkpoint that can be read."""
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    (recipe,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "fully_shard(" in code)
-    for fused in (mup2_ref, mup2_fused):
-        torch.manual_seed(0)
-        model, base = mup2_ref.MLP(5, 32, 3), mup2_ref.MLP(5, 8, 3)
-        expected = mup2_ref.param_groups(model, base, lr=0.1, rho=0.1)
-        x, y = (t[dist.get_rank() :: 4] for t in data(4, 0))
-        names = dict(
-            torch=torch, mup2=mup2_ref, mup2_fused=fused, model=model, base=base, folder=folder / fused.__name__
-        )
-        names["closure"] = lambda: backward(model, x.float(), y)
-        exec(recipe, names)
-        got = [(g["lr"], g["rho"], g["gradnorm_scaling"]) for g in names["opt"].param_groups]
-        assert got == [(g["lr"], g["rho"], g["gradnorm_scaling"]) for g in expected]
-        assert all(isinstance(state["momentum_buffer"], DTensor) for state in names["opt"].state.values())
-        assert (folder / fused.__name__ / ".metadata").exists()
+    """The one in docs/training.md: the factors of the whole tensors, and a checkpoint that can be read."""
+    code = (ROOT / "docs" / "training.md").read_text()
+    (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", code, re.DOTALL) if "fully_shard(" in block)
+    torch.manual_seed(0)
+    model, base = mup2.MLP(5, 32, 3), mup2.MLP(5, 8, 3)
+    expected = mup2.param_groups(model, base, lr=0.1, rho=0.1)
+    x, y = (t[dist.get_rank() :: 4] for t in data(4, 0))
+    names = dict(torch=torch, mup2=mup2, model=model, base=base, folder=folder / "recipe")
+    names["closure"] = lambda: backward(model, x.float(), y)
+    exec(recipe, names)
+    got = [(g["lr"], g["rho"], g["gradnorm_scaling"]) for g in names["opt"].param_groups]
+    assert got == [(g["lr"], g["rho"], g["gradnorm_scaling"]) for g in expected]
+    assert all(isinstance(state["momentum_buffer"], DTensor) for state in names["opt"].state.values())
+    assert (folder / "recipe" / ".metadata").exists()
 
 
-CHECKPOINTS = [(torch.optim.SGD, "sgd"), (torch.optim.AdamW, "adamw")]
+CHECKPOINTS = [(backend, base) for backend in ("torch", "compiled") for base in (torch.optim.SGD, torch.optim.AdamW)]
 
 
 def save(folder):
-    for SAM in (mup2_ref.SAM, mup2_fused.SAM):
-        for base, name in CHECKPOINTS:
-            model, _, opt, *_ = pair(SAM, base=base)
-            train(model, opt, 1, slice(None), range(STEPS))  # one batch, whatever the number of processes
-            weights, state = get_state_dict(model, opt)
-            dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / f"{SAM.__module__}-{name}")
-            x, y = data(1, 0)
-            backward(model, x, y)
-            opt.first_step()
-            try:
-                get_state_dict(model, opt)
-                raise AssertionError("a checkpoint of perturbed weights")
-            except RuntimeError as error:
-                assert "weights are perturbed" in str(error)
-            opt.restore()
+    for backend, base in CHECKPOINTS:
+        model, _, opt, *_ = pair(partial(mup2.SAM, backend=backend), base=base)
+        train(model, opt, 1, slice(None), range(STEPS))  # one batch for all, whatever the number of processes
+        saved, state = get_state_dict(model, opt)
+        dcp.save({"model": saved, "optimizer": state}, checkpoint_id=folder / f"{backend}-{base.__name__}")
+        backward(model, *data(1, 0))
+        opt.first_step()
+        try:
+            get_state_dict(model, opt)
+            raise AssertionError("a checkpoint of perturbed weights")
+        except RuntimeError as error:
+            assert "weights are perturbed" in str(error)
+        opt.restore()
 
 
-def load(folder):
-    """What was saved, into a new model and optimizer; then on, as if never interrupted. Either can read the other's."""
-    for SAM in (mup2_ref.SAM, mup2_fused.SAM):
-        for other in (mup2_ref.SAM, mup2_fused.SAM):
-            for base, name in CHECKPOINTS:
-                model, alone, opt, expected, _, _ = pair(SAM, base=base)
-                with torch.no_grad():
-                    for p in model.parameters():
-                        p.zero_()
-                weights, state = get_state_dict(model, opt)
-                dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / f"{other.__module__}-{name}")
-                set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
-                train(alone, expected, 1, slice(None), range(STEPS))
-                assert_close(model, alone)
-                train(alone, expected, 1, slice(None), range(STEPS, 2 * STEPS))
-                train(model, opt, 1, slice(None), range(STEPS, 2 * STEPS))
-                assert_close(model, alone)
-                assert opt.param_groups[0]["rho"] == 0.2 and opt.param_groups is opt.base_optimizer.param_groups
+def load(folder, group):
+    """What the other backend saved, read by the processes of a group: training goes on as if never interrupted."""
+    for backend, base in CHECKPOINTS:
+        torch.manual_seed(0)
+        alone = Net().double()
+        model = fsdp(copy.deepcopy(alone), DeviceMesh.from_group(group, "cpu"))
+        kwargs = dict(lr=0.1, rho=0.2) | ({"momentum": 0.9} if base is torch.optim.SGD else {})
+        opt, expected = (mup2.SAM(m.parameters(), base, backend=backend, **kwargs) for m in (model, alone))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        saved, state = get_state_dict(model, opt)
+        other = "torch" if backend == "compiled" else "compiled"
+        path = folder / f"{other}-{base.__name__}"
+        dcp.load({"model": saved, "optimizer": state}, checkpoint_id=path, process_group=group)
+        set_state_dict(model, opt, model_state_dict=saved, optim_state_dict=state)
+        train(alone, expected, 1, slice(None), range(STEPS))
+        assert_close(model, alone)
+        train(alone, expected, 1, slice(None), range(STEPS, 2 * STEPS))
+        train(model, opt, 1, slice(None), range(STEPS, 2 * STEPS))
+        assert_close(model, alone)
+        assert opt.param_groups[0]["rho"] == 0.2 and opt.param_groups is opt.base_optimizer.param_groups
 
 
-if __name__ == "__main__":
-    command, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    if command == "save":
-        check_kinds()
-        check_recipe(folder)
-        check(mup2_ref.SAM)
-        unused = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("_climb", "_descend")}
-        with mock.patch.multiple(mup2_ref.SAM, **unused):
-            check(mup2_fused.SAM)
-        save(folder)
-    else:
-        load(folder)
-    dist.destroy_process_group()
-    os._exit(0)  # in torch 2.11 gloo's threads outlive their group where checkpoints were read, and abort at exit
+def check_checkpoints(folder):
+    check_recipe(folder)
+    save(folder)
+    groups = [dist.new_group([0, 1, 2]), dist.new_group([3])]
+    load(folder, groups[dist.get_rank() == 3])

@@ -1,6 +1,7 @@
-"""The README's recipes for Lightning and Accelerate, run against the real libraries and held to a plain loop."""
+"""The recipes of docs/frameworks.md for Lightning and Accelerate, with the real libraries, against a plain loop."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from small_problems import equal
 from torch.utils.data import DataLoader, TensorDataset
 
-import data
-import mup2_ref
+import mup2_fused as mup2
+from experiments import data
 
 with suppress(data.DataError):
     data.import_torchvision()  # before lightning, which imports it if it is there
@@ -30,19 +31,21 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about workers, logging intervals and the like
 
-README = (ROOT / "README.md").read_text()
-SECTION = README.partition("### With Lightning, Accelerate\n")[2].partition("\n## ")[0]
-TOP, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-RECIPES = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "frameworks.md").read_text()
+USAGE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+RECIPES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LIT, PIECES, HALF, ACCELERATE, ACCELERATE_HALF = RECIPES
+CLASS, _, _ = LIT.partition("lightning.Trainer(")
 EPOCHS = 3
+BASES = ["torch.optim.SGD, momentum=0.9", "torch.optim.AdamW, weight_decay=0.1"]
 
 
 @pytest.fixture(autouse=True)
 def _patched(request, monkeypatch, tmp_path):
-    """The recipes use mup2.SAM: let it be the fixture's. Trainers are quiet and short, and write to tmp_path."""
+    """Trainers are quiet and short, and write to tmp_path. mup2.SAM is the fixture's, if the test takes it."""
     if "SAM" in request.fixturenames:
-        monkeypatch.setattr(mup2_ref, "SAM", request.getfixturevalue("SAM"))
+        monkeypatch.setattr(mup2, "SAM", request.getfixturevalue("SAM"))
     monkeypatch.setattr(lightning, "Trainer", partial(trainer, default_root_dir=tmp_path))
     fresh_accelerator()
     yield
@@ -59,27 +62,24 @@ def fresh_accelerator():
     GradientState._reset_state()
 
 
-def names(seed=0, batch_size=8, samples=40, base="torch.optim.SGD, momentum=0.9"):
+def names(seed=0, batch_size=8, samples=40, base=BASES[0]):
     """What the code at the README's top leaves behind, after no step."""
     torch.manual_seed(seed)
-    space = {"Model": lambda width: mup2_ref.MLP(5, width, 3), "loader": []}
-    exec(TOP.replace("torch.optim.SGD, momentum=0.9", base).replace("width=1024", "width=256"), space)
+    space = {"Model": lambda width: mup2.MLP(5, width, 3), "loader": []}
+    exec(USAGE.replace(BASES[0], base).replace("width=1024", "width=256"), space)
     torch.manual_seed(1)
     samples = TensorDataset(torch.randn(samples, 5), torch.randint(3, (samples,)))
-    return space | {
-        "loader": DataLoader(samples, batch_size),
-        "loss_function": torch.nn.functional.cross_entropy,
-        "base": base,
-    }
+    loss_function = torch.nn.functional.cross_entropy
+    return space | {"loader": DataLoader(samples, batch_size), "loss_function": loss_function, "base": base}
 
 
 def execute(recipe, space):
-    exec(recipe.replace("torch.optim.SGD, momentum=0.9", space["base"]), space)
+    exec(recipe.replace(BASES[0], space["base"]), space)
     return space
 
 
 def plain(space, epochs=EPOCHS, every="epoch", clip=None, context=nullcontext, T_max=None):
-    """The loop at the README's top with a scheduler, clipping and autocast; its weights."""
+    """The loop at the README's top with a scheduler, clipping and autocast; its weights and losses."""
     model, opt, losses = space["model"], space["opt"], []
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max or epochs)
     for _ in range(epochs):
@@ -107,10 +107,6 @@ def weights(space):
     return [p.detach().clone() for p in getattr(model, "module", model).parameters()]
 
 
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
 def learning_rates(optimizer):
     return [group["lr"] for group in optimizer.param_groups]
 
@@ -121,36 +117,32 @@ def same_state(a, b):
     assert a["state"] and a["param_groups"] == b["param_groups"]
 
 
-def half():
+def half(scale=2.0**14):
     """What Trainer(precision="16-mixed") makes on a GPU; on a CPU Lightning takes bfloat16 instead."""
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**14))
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
-def plain_half(space):
-    """The loop of mup2_ref, with the same scaler; returns weights and scaler."""
+def plain_half(space, every="epoch", T_max=EPOCHS):
+    """train_epoch in float16; returns weights and scaler."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(space["opt"], EPOCHS)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(space["opt"], T_max)
     autocast = partial(torch.autocast, "cpu", torch.float16, cache_enabled=False)
+    options = dict(autocast=autocast, scaler=scaler, scheduler=scheduler if every == "batch" else None)
     for _ in range(EPOCHS):
-        mup2_ref.train_epoch(space["model"], space["opt"], space["loader"], autocast=autocast, scaler=scaler)
-        scheduler.step()
+        mup2.train_epoch(space["model"], space["opt"], space["loader"], **options)
+        if every == "epoch":
+            scheduler.step()
     return weights(space), scaler
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=["Lit", "LitPieces", "LitHalf", "accelerate", "accelerate, fp16"])
-def test_recipes_are_short(recipe):
-    assert len([line for line in recipe.splitlines() if line]) <= 15
 
 
 # ------------------------------------------------------------------------------------------------ Lightning
 
 
 def lit(kind="Lit", seed=0, fit=None, batch_size=8, **kwargs):
-    """The README's class of that name, trained; the names of the code, with lit and trainer."""
+    """The class of that name, trained; the names of the code, with lit and trainer."""
     space = names(seed, batch_size)
     space["base"] = kwargs.pop("base", space["base"])
-    definition, _, _ = LIT.partition("lightning.Trainer(")
-    execute(definition + PIECES + HALF, space)
+    execute(CLASS + PIECES + HALF, space)
     space["lit"] = space[kind](space["model"], space["groups"])
     space["trainer"] = lightning.Trainer(**kwargs)
     space["trainer"].fit(space["lit"], space["loader"], **fit or {})
@@ -158,53 +150,42 @@ def lit(kind="Lit", seed=0, fit=None, batch_size=8, **kwargs):
 
 
 def test_lightning_equals_the_plain_loop(SAM):
-    """The recipe as it stands."""
-    space = execute(LIT, names())
-    expected, _ = plain(names())
-    assert equal(weights(space), expected) and not equal(expected, weights(names()))
-
-
-def test_lightning_steps_the_scheduler(SAM):
-    space = lit()
-    plain(reference := names(), epochs=EPOCHS)
+    """The recipe as it stands; its state, its number of steps and its scheduler."""
+    recipe, space = execute(LIT, names()), lit()
+    expected, _ = plain(reference := names())
+    assert equal(weights(recipe), expected) and equal(weights(space), expected)
+    assert not equal(expected, weights(names())) and not equal(expected, plain(names(), every="never")[0])
     optimizer = space["trainer"].optimizers[0]
-    assert type(optimizer) is SAM and space["trainer"].global_step == EPOCHS * 5
+    assert type(optimizer) is SAM.func and space["trainer"].global_step == EPOCHS * 5
     same_state(optimizer.state_dict(), reference["opt"].state_dict())
-    constant, _ = plain(names(), every="never")
-    assert not equal(weights(space), constant)
 
 
-def test_lightning_with_bf16_mixed(SAM):
-    space = lit(precision="bf16-mixed")
+def test_lightning_with_bf16_mixed_and_clipping():
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
-    assert equal(weights(space), plain(names(), context=autocast)[0])
-    assert not equal(weights(space), plain(names())[0])
+    assert equal(weights(lit(precision="bf16-mixed")), half_bits := plain(names(), context=autocast)[0])
+    assert equal(weights(lit(gradient_clip_val=0.1)), clipped := plain(names(), clip=0.1)[0])
+    unclipped, _ = plain(names())
+    assert not equal(half_bits, unclipped) and not equal(clipped, unclipped)
 
 
-def test_lightning_clips_gradients(SAM):
-    space = lit(gradient_clip_val=0.1)
-    assert equal(weights(space), plain(names(), clip=0.1)[0])
-    assert not equal(weights(space), plain(names())[0])
-
-
-@pytest.mark.parametrize("base", ["torch.optim.SGD, momentum=0.9", "torch.optim.AdamW, weight_decay=0.1"])
+@pytest.mark.parametrize("base", BASES)
 def test_lightning_resumes_bit_for_bit(SAM, base, tmp_path):
     keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    whole = lit(base=base, enable_checkpointing=True, callbacks=[keep])
+    finished = lit(base=base, enable_checkpointing=True, callbacks=[keep])
     path = str(tmp_path / "epoch=0.ckpt")
     resumed = lit(base=base, seed=7, fit=dict(ckpt_path=path))
-    assert equal(weights(resumed), weights(whole))
-    assert resumed["trainer"].global_step == whole["trainer"].global_step == EPOCHS * 5
-    same_state(*(s["trainer"].optimizers[0].state_dict() for s in (resumed, whole)))
+    assert equal(weights(resumed), weights(finished))
+    assert resumed["trainer"].global_step == finished["trainer"].global_step == EPOCHS * 5
+    same_state(*(s["trainer"].optimizers[0].state_dict() for s in (resumed, finished)))
     saved = torch.load(path, weights_only=False)["state_dict"].values()
-    assert not equal(saved, weights(whole)) and not equal(weights(lit(base=base, seed=7)), weights(whole))
+    assert not equal(saved, weights(finished)) and not equal(weights(lit(base=base, seed=7)), weights(finished))
 
 
-def test_lightning_logs_both_passes_but_the_loss_at_w_can_be_logged(SAM, monkeypatch):
-    """The README's one-line optimizer_step."""
-    (line,) = re.findall(r"`(def optimizer_step.*?)`", SECTION, re.DOTALL)
-    space = execute(LIT.partition("lightning.Trainer(")[0] + line, names())
-    Lit, seen = space["Lit"], []
+def test_lightning_logs_both_passes_but_the_loss_at_w_can_be_logged():
+    """The page's one-line optimizer_step."""
+    (line,) = re.findall(r"`(def optimizer_step.*?)`", PAGE, re.DOTALL)
+    space = execute(CLASS + line, names())
+    Lit, seen, epochs = space["Lit"], [], []
 
     class Logs(Lit):
         optimizer_step = space["optimizer_step"]
@@ -218,21 +199,18 @@ def test_lightning_logs_both_passes_but_the_loss_at_w_can_be_logged(SAM, monkeyp
         def on_train_epoch_end(self):
             epochs.append({k: self.trainer.callback_metrics[k].item() for k in ("loss_epoch", "both_epoch")})
 
-    epochs = []
     lightning.Trainer().fit(Logs(space["model"], space["groups"]), space["loader"])
     expected, losses = plain(names())
     assert equal(weights(space), expected) and seen[::2] == losses
-    at_w = torch.tensor(losses).view(EPOCHS, -1).mean(1)
-    both = torch.tensor(seen).view(EPOCHS, -1).mean(1)
+    at_w, both = (torch.tensor(values).view(EPOCHS, -1).mean(1) for values in (losses, seen))
     torch.testing.assert_close(torch.tensor([e["loss_epoch"] for e in epochs]), at_w)
     torch.testing.assert_close(torch.tensor([e["both_epoch"] for e in epochs]), both)
     assert (both > at_w).all()
 
 
-def test_lightning_accumulates_in_manual_optimization(SAM):
-    """A large batch in pieces of 32, the last one of 8, clipped: mup2_ref.accumulate in a plain loop."""
-    space = lit("LitPieces", batch_size=40)
-    reference = names()
+def test_lightning_accumulates_in_manual_optimization():
+    """A large batch in pieces of 32, the last one of 8, clipped: accumulate in a plain loop."""
+    space, reference = lit("LitPieces", batch_size=40), names()
     loader = [(x.split(32), y.split(32)) for x, y in DataLoader(reference["loader"].dataset, 40)]
     model, opt = reference["model"], reference["opt"]
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, EPOCHS)
@@ -241,7 +219,7 @@ def test_lightning_accumulates_in_manual_optimization(SAM):
 
             def closure():
                 opt.zero_grad()
-                mup2_ref.accumulate(model, zip(x, y))
+                mup2.accumulate(model, zip(x, y))
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
             opt.step(closure)
@@ -252,15 +230,8 @@ def test_lightning_accumulates_in_manual_optimization(SAM):
     assert not equal(weights(space), unclipped)
 
 
-def test_lightning_accumulates_wrongly_in_automatic_optimization(SAM):
-    """As the README says: to see when Lightning changes."""
-    right, _ = plain(names(batch_size=40))
-    wrong = weights(lit(accumulate_grad_batches=5))
-    assert max((p - q).abs().max() / q.abs().max() for p, q in zip(wrong, right)) > 0.01
-
-
-def test_lightning_with_16_mixed(SAM):
-    """The automatic recipe raises an error; LitHalf is mup2_ref's loop with a scaler."""
+def test_lightning_with_16_mixed():
+    """The automatic recipe raises an error; LitHalf is train_epoch with a scaler, and skips overflows."""
     with pytest.raises(RuntimeError, match="nothing is perturbed"):
         lit(plugins=[half()])
     plugin = half()
@@ -270,19 +241,15 @@ def test_lightning_with_16_mixed(SAM):
     assert not equal(expected, plain(names())[0]) and space["trainer"].optimizers[0].skipped_steps == 0
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         lit("LitHalf", plugins=[half()], gradient_clip_val=1.0)
-
-
-def test_lightning_skips_an_overflow(SAM):
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    plugin = half(2.0**40)
     space = lit("LitHalf", plugins=[plugin])
     assert space["trainer"].optimizers[0].skipped_steps > 0 and plugin.scaler.get_scale() < 2.0**40
     assert all(w.isfinite().all() for w in weights(space))
 
 
-def manual(passes, **kwargs):
+def manual(passes):
     """Lit in manual optimization, where passes(self, backward) makes a step."""
-    space = names()
-    execute(LIT.partition("lightning.Trainer(")[0], space)
+    space = execute(CLASS, names())
 
     class Manual(space["Lit"]):
         automatic_optimization = False
@@ -296,39 +263,42 @@ def manual(passes, **kwargs):
 
             passes(self, backward)
 
-    lightning.Trainer(**kwargs).fit(Manual(space["model"], space["groups"]), space["loader"])
+    lightning.Trainer().fit(Manual(space["model"], space["groups"]), space["loader"])
     return space
 
 
-def test_lightning_without_a_closure_is_no_sam(SAM):
-    """As the README says: to see when Lightning changes."""
+def test_the_passes_of_lightnings_wrapper_are_refused():
+    """Its second step would be the base optimizer's. Those of the optimizer itself work."""
 
     def passes(self, backward):
         backward()
-        self.optimizers().step()
-
-    reference = names()
-    for group in reference["opt"].param_groups:
-        group["rho"] = 0.0
-    assert equal(weights(manual(passes)), plain(reference, every="never")[0])
-
-
-def test_the_passes_of_a_wrapper_are_refused(SAM):
-    """The backup would be the wrapper's, and weights would stay perturbed."""
-
-    def passes(self, backward):
-        backward()
-        before = [p.detach().clone() for p in self.model.parameters()]
+        before = weights({"model": self.model})
         for attempt in (self.optimizers().first_step, self.optimizers().perturbed().__enter__):
             with pytest.raises(RuntimeError, match="this wraps the optimizer"):
                 attempt()
-            assert equal(before, self.model.parameters())
+            assert equal(before, weights({"model": self.model}))
         opt = self.optimizers(use_pl_optimizer=False)
         opt.first_step()
         backward()
         opt.second_step()
 
     assert equal(weights(manual(passes)), plain(names(), every="never")[0])
+
+
+def test_what_lightning_does_wrong():
+    """As the page says, to see when Lightning changes: accumulation, and manual steps without a closure."""
+    right, _ = plain(names(batch_size=40))
+    wrong = weights(lit(accumulate_grad_batches=5))
+    assert max((p - q).abs().max() / q.abs().max() for p, q in zip(wrong, right)) > 0.01
+
+    def passes(self, backward):
+        backward()
+        self.optimizers().step()
+
+    without_sam = names()
+    for group in without_sam["opt"].param_groups:
+        group["rho"] = 0.0
+    assert equal(weights(manual(passes)), plain(without_sam, every="never")[0])
 
 
 # ----------------------------------------------------------------------------------------------- Accelerate
@@ -338,9 +308,8 @@ def accelerated(space, recipe=ACCELERATE, clip=True, epochs=1, **kwargs):
     """The recipe, or its loop only for further epochs, with other arguments of Accelerator."""
     arguments = ", ".join(f"{k}={v!r}" for k, v in {"cpu": True, **kwargs}.items())
     assert "Accelerator()" in recipe
-    recipe = recipe.replace("Accelerator()", f"Accelerator({arguments})").replace(
-        "len(loader)", f"{EPOCHS} * len(loader)"
-    )
+    recipe = recipe.replace("Accelerator()", f"Accelerator({arguments})")
+    recipe = recipe.replace("len(loader)", f"{EPOCHS} * len(loader)")
     if not clip:
         recipe = re.sub(r".*clip_grad_norm_.*\n", "", recipe)
     start, loop, body = recipe.partition("for x, y in loader:\n")
@@ -356,16 +325,14 @@ def plain_batches(space, **kwargs):
 
 
 def test_accelerate_equals_the_plain_loop(SAM):
-    """The recipe to the letter."""
+    """The recipe to the letter, and with a longer schedule."""
     space = execute(ACCELERATE, names())
     expected, _ = plain(reference := names(), epochs=1, every="batch", T_max=5, clip=1.0)
     assert equal(weights(space), expected) and not equal(expected, weights(names()))
-    assert type(space["opt"].optimizer) is SAM and type(space["opt"]) is accelerate.optimizer.AcceleratedOptimizer
+    assert type(space["opt"].optimizer) is SAM.func and type(space["opt"]) is accelerate.optimizer.AcceleratedOptimizer
     same_state(space["opt"].state_dict(), reference["opt"].state_dict())
-    assert space["opt"].step(lambda: space["closure"]() or 1.0) is None, "as the README says"
-
-
-def test_accelerate_steps_the_scheduler(SAM):
+    assert space["opt"].step(lambda: space["closure"]() or 1.0) is None, "as the page says"
+    fresh_accelerator()
     space = accelerated(names(), epochs=2)
     expected, _ = plain_batches(reference := names(), epochs=2, clip=1.0)
     assert equal(weights(space), expected)
@@ -373,40 +340,38 @@ def test_accelerate_steps_the_scheduler(SAM):
     assert space["scheduler"].get_last_lr() == learning_rates(reference["opt"]) != learning_rates(names()["opt"])
 
 
-def test_accelerate_clips_gradients(SAM):
-    clipped, free = weights(accelerated(names())), weights(accelerated(names(), clip=False))
-    assert equal(clipped, plain_batches(names(), epochs=1, clip=1.0)[0])
-    assert equal(free, plain_batches(names(), epochs=1)[0]) and not equal(free, clipped)
-
-
-def test_accelerate_with_bf16(SAM):
+def test_accelerate_with_bf16_and_without_clipping():
+    free = weights(accelerated(names(), clip=False))
+    fresh_accelerator()
     space = accelerated(names(), mixed_precision="bf16")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     assert equal(weights(space), plain_batches(names(), epochs=1, clip=1.0, context=autocast)[0])
-    assert not equal(weights(space), plain_batches(names(), epochs=1, clip=1.0)[0])
+    clipped = plain_batches(names(), epochs=1, clip=1.0)[0]
+    assert equal(free, plain_batches(names(), epochs=1)[0])
+    assert not equal(weights(space), clipped) and not equal(free, clipped)
 
 
-@pytest.mark.parametrize("base", ["torch.optim.SGD, momentum=0.9", "torch.optim.AdamW, weight_decay=0.1"])
+@pytest.mark.parametrize("base", BASES)
 def test_accelerate_resumes_bit_for_bit(SAM, base, tmp_path):
-    _, loop, body = ACCELERATE.partition("for x, y in loader:\n")
-    whole = accelerated(names(base=base))
-    whole["accelerator"].save_state(str(tmp_path))
-    saved = weights(whole)
-    execute(loop + body, whole)
+    another_epoch = ACCELERATE[ACCELERATE.index("for x, y in loader:") :]
+    finished = accelerated(names(base=base))
+    finished["accelerator"].save_state(str(tmp_path))
+    saved = weights(finished)
+    execute(another_epoch, finished)
     fresh_accelerator()
     resumed = accelerated(names(seed=7, base=base), epochs=0)
     assert not equal(weights(resumed), saved)
     resumed["accelerator"].load_state(str(tmp_path))
     assert equal(weights(resumed), saved)
-    execute(loop + body, resumed)
-    assert equal(weights(resumed), weights(whole)) and not equal(weights(whole), saved)
-    same_state(resumed["opt"].state_dict(), whole["opt"].state_dict())
-    assert resumed["scheduler"].get_last_lr() == whole["scheduler"].get_last_lr()
+    execute(another_epoch, resumed)
+    assert equal(weights(resumed), weights(finished)) and not equal(weights(finished), saved)
+    same_state(resumed["opt"].state_dict(), finished["opt"].state_dict())
+    assert resumed["scheduler"].get_last_lr() == finished["scheduler"].get_last_lr()
 
 
-def test_accelerate_accumulates_in_the_closure(SAM):
-    """With the README's line for backward: the large batch, in float64 and so up to rounding."""
-    (line,) = re.findall(r"`(mup2\.accumulate\(model, zip.*?)` for `backward`", SECTION)
+def test_accelerate_accumulates_in_the_closure():
+    """With the page's line for backward: the large batch, in float64 and so up to rounding."""
+    line = re.search(r"`(mup2\.accumulate\(model, zip.*?)` for `backward`", PAGE)[1]
     backward = "accelerator.backward(loss_function(model(x), y))"
     assert backward in ACCELERATE
     a, b = names(batch_size=40), names(batch_size=40)
@@ -414,9 +379,8 @@ def test_accelerate_accumulates_in_the_closure(SAM):
         space["model"].double()
         x, y = space["loader"].dataset.tensors
         space["loader"] = DataLoader(TensorDataset(x.double(), y), 40)
-    sizes = []
+    sizes, start = [], weights(a)
     a["model"].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    start = weights(a)
     accelerated(a, ACCELERATE.replace(backward, line))
     plain(b, epochs=1, every="batch", clip=1.0)
     assert sizes == [32, 8, 32, 8] and not equal(weights(a), start)
@@ -424,60 +388,49 @@ def test_accelerate_accumulates_in_the_closure(SAM):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_accelerate_accumulates_wrongly_by_itself(SAM):
-    """As the README says: to see when Accelerate changes. Only every fifth batch is looked at, here the last."""
-    space, seen = names(), []
-    space["model"].register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    loop = ACCELERATE.replace(
-        "    opt.step(closure)", "    with accelerator.accumulate(model):\n        opt.step(closure)"
-    )
-    accelerated(space, loop, gradient_accumulation_steps=5)
-    last = space["loader"].dataset.tensors[0][-8:]
-    assert len(seen) == 2 and torch.equal(seen[0], last)
-
-
-def test_accelerate_with_fp16(SAM):
-    """Accelerate makes a scaler on GPUs only; here it is given one. A closure is refused, the README's passes work."""
-    space = names()
+def with_a_scaler(space, scale):
+    """Accelerate makes a scaler on GPUs only; here it is given one."""
     start, loop, _ = ACCELERATE.partition("for x, y in loader:\n")
-    prepare = start.replace("Accelerator()", "Accelerator(cpu=True)").partition("scheduler =")
-    execute(prepare[0], space)
-    space["accelerator"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    float32 = space["loss_function"]
-    execute(prepare[1] + prepare[2], space)
+    before, prepare, after = start.replace("Accelerator()", "Accelerator(cpu=True)").partition("scheduler =")
+    execute(before, space)
+    space["accelerator"].scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    execute(prepare + after, space)
+    return loop
+
+
+def test_accelerate_with_fp16():
+    """A closure is refused, the page's passes work."""
+    space = names()
+    float32, loop = space["loss_function"], with_a_scaler(space, 2.0**14)
     model = space["model"]
     model.forward = torch.autocast("cpu", torch.float16, cache_enabled=False)(model.forward)
     space["loss_function"] = lambda f, y: float32(f.float(), y)
     passes = "".join(f"    {line}\n" for line in (ACCELERATE_HALF + "scheduler.step()").splitlines())
     for _ in range(EPOCHS):
         execute(loop + passes, space)
-
-    reference = names()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(reference["opt"], 5)
-    autocast = partial(torch.autocast, "cpu", torch.float16, cache_enabled=False)
-    for _ in range(EPOCHS):
-        mup2_ref.train_epoch(
-            *(reference[k] for k in ("model", "opt", "loader")), scheduler=scheduler, autocast=autocast, scaler=scaler
-        )
-    assert equal(weights(space), weights(reference))
-    assert not equal(weights(space), plain(names(), every="batch", T_max=5)[0])
-    before = weights(space)
+    expected, _ = plain_half(names(), every="batch", T_max=5)
+    assert equal(weights(space), expected)
+    assert not equal(expected, plain(names(), every="batch", T_max=5)[0])
     with pytest.raises(RuntimeError, match="GradScaler cannot unscale in a closure"):
         space["opt"].step(space["backward"])
-    assert equal(weights(space), before)
+    assert equal(weights(space), expected)
 
 
-def test_accelerate_does_not_see_a_skipped_update(SAM):
-    """As the README says: to see when Accelerate changes. The weights stay, the scheduler steps."""
+def test_what_accelerate_does_wrong():
+    """As the page says, to see when Accelerate changes: its accumulation, and updates that the scaler skips."""
+    space, seen = names(), []
+    space["model"].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    step = "    opt.step(closure)"
+    loop = ACCELERATE.replace(step, f"    with accelerator.accumulate(model):\n    {step}")
+    accelerated(space, loop, gradient_accumulation_steps=5)
+    last = space["loader"].dataset.tensors[0][-8:]
+    assert len(seen) == 2 and torch.equal(seen[0], last), "it looks at every fifth batch only"
+
+    fresh_accelerator()
     space = names()
-    start, _, _ = ACCELERATE.partition("for x, y in loader:\n")
-    before, prepare, after = start.replace("Accelerator()", "Accelerator(cpu=True)").partition("scheduler =")
-    execute(before, space)
-    space["accelerator"].scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    execute(prepare + after, space)
+    with_a_scaler(space, 2.0**126)
     sam, rates, old = space["opt"].optimizer, learning_rates(space["opt"]), weights(space)
-    x, y = next(iter(space["loader"]))
+    scaler, (x, y) = space["accelerator"].scaler, next(iter(space["loader"]))
     execute(ACCELERATE_HALF + "scheduler.step()", space | {"x": 1e30 * x, "y": y})
     assert sam.skipped_steps == 1 and scaler.get_scale() == 2.0**125 and not space["opt"].step_was_skipped
     assert equal(weights(space), old) and space["scheduler"].get_last_lr() != rates
@@ -489,9 +442,9 @@ def test_accelerate_does_not_see_a_skipped_update(SAM):
 # -------------------------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_of_each():
-    """DistributedDataParallel on gloo, of Lightning and Accelerate: see two_processes_frameworks.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(__file__).with_name("two_processes_frameworks.py")
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300, check=False)
+def test_two_processes_of_each(tmp_path):
+    """DistributedDataParallel on gloo, of Lightning and Accelerate: see framework_processes.py."""
+    command = [sys.executable, str(Path(__file__).with_name("framework_processes.py")), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import data
+from experiments.data import import_torchvision
 
-torchvision = data.import_torchvision()  # before transformers, which imports it
+torchvision = import_torchvision()  # before transformers, which imports it
 hf = pytest.importorskip("transformers")
 
+from mup2_fused import SAM, init_, param_groups
 from mup2_fused.check import check
-from mup2_ref import init_, param_groups
 
 BASE, M = 16, 4
 tv = torchvision.models
@@ -120,7 +120,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_other_peoples_models(name, SAM):
+def test_other_peoples_models(name):
     m = MODELS[name]
     model, base = m.build(M * BASE), m.build(BASE)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -161,7 +161,9 @@ def test_other_peoples_models(name, SAM):
 
 
 def test_gpt2_needs_a_word():
-    with pytest.raises(ValueError, match=r"role of 'transformer.h.0.attn.c_attn.weight' .* in Conv1D.*Pass roles="):
+    with pytest.raises(
+        ValueError, match=r"role of 'transformer.h.0.attn.c_attn.weight' .* of type Conv1D.*Pass roles="
+    ):
         param_groups(gpt2(32), gpt2(16), lr=0.1, rho=0.1)
 
 

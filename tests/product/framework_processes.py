@@ -1,17 +1,17 @@
-"""Run by tests/test_frameworks.py under torch.distributed.run: the README's recipes in two processes, against one.
+"""Run by test_frameworks.py with an empty folder: the recipes in two processes, against one process.
 
-Prints nothing and ends with 0 if all assertions hold in both.
+Ends with 0 if all assertions hold in both.
 """
+
+import os
+import sys
 
 import torch
 import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
 import torch.distributed as dist
-from test_frameworks import ACCELERATE, EPOCHS, LIT, PIECES, execute, fresh_accelerator, names, trainer, weights
+from ddp_processes import same_everywhere
+from test_frameworks import ACCELERATE, CLASS, EPOCHS, PIECES, execute, fresh_accelerator, names, trainer, weights
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from two_processes import same_everywhere
-
-import mup2_fused
-import mup2_ref
 
 BATCH = 40  # in one process; half of it in each of two
 
@@ -58,7 +58,7 @@ def check_lightning(kind, pieces, clip):
     """Samples go to the processes in turn; Lightning's own sampler would shuffle them."""
     space = problem()
     loader = DataLoader(space["samples"], BATCH // 2, sampler=DistributedSampler(space["samples"], shuffle=False))
-    execute(LIT.partition("lightning.Trainer(")[0] + PIECES.replace("split(32)", f"split({pieces})"), space)
+    execute(CLASS + PIECES.replace("split(32)", f"split({pieces})"), space)
     lit = space[kind](space["model"], space["groups"])
     trainer(devices=2, strategy="ddp", use_distributed_sampler=False).fit(lit, loader)
     assert lit.trainer.world_size == 2 and lit.trainer.global_step == EPOCHS * 2
@@ -75,12 +75,18 @@ def check_accelerate():
     check(space, expected(1, {"batch": 2}, 4, clip=True))
 
 
+def run(rank, folder):
+    """What torch.distributed.run would set up, but after the imports."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
+    os.environ |= {key: str(value) for key, value in launched.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/processes", rank=rank, world_size=2)
+    check_lightning("Lit", pieces=32, clip=False)
+    check_lightning("LitPieces", pieces=8, clip=True)
+    check_accelerate()
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for SAM in (mup2_ref.SAM, mup2_fused.SAM):
-        mup2_ref.SAM = SAM  # which the recipes use
-        check_lightning("Lit", pieces=32, clip=False)
-        check_lightning("LitPieces", pieces=8, clip=True)
-        check_accelerate()
-    dist.destroy_process_group()
+    torch.multiprocessing.start_processes(run, (sys.argv[1],), nprocs=2, start_method="fork")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mup2_fused import SAM
+from mup2_fused.compiled_passes import CompiledPasses, kernel_of
+from mup2_fused.optimizer import SAM
 
 
 def capture(
@@ -23,24 +25,17 @@ def capture(
     change in place; rho, momentum and the other settings are fixed from here on. Load checkpoints and make schedulers
     before.
 
-    step runs warmup times and is captured, and what that did to weights, buffers, state, skipped_steps and random
-    numbers is undone, also if it fails. What else step changes is not, such as the scale of a GradScaler.
-    Raises TypeError if the optimizer is not of this package, ValueError if its base is not SGD, Adam or AdamW or inputs
-    are not on a GPU, and RuntimeError between the passes.
+    step runs warmup times and once more to be captured. What these runs do to weights, buffers, state, skipped_steps
+    and random numbers is undone, also if one fails. Nothing else is undone, such as the scale of a GradScaler.
+    TypeError if the optimizer has no compiled passes. ValueError if its base is not SGD, Adam or AdamW, or inputs are
+    not on a GPU. RuntimeError between the passes.
     """
-    _check(optimizer, inputs, warmup)
-    lrs = [group["lr"] for group in optimizer.param_groups]
-    skipped_steps = optimizer.skipped_steps
-    before = [(t, t.detach().clone()) for t in chain(model.parameters(), model.buffers())]
-    state = {(p, key): value.clone() for p, key, value in _state(optimizer)}
+    check(optimizer, inputs, warmup)
     static = [x.clone() for x in inputs]
     device = static[0].device
-    generator = torch.cuda.get_rng_state(device)
-    graph, captured = torch.cuda.CUDAGraph(), False
-    stream = torch.cuda.Stream(device)  # capturing needs one of its own, and allocations to have been made on it
-    try:
-        for group in optimizer.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone()
+    stream = torch.cuda.Stream(device)  # capturing needs a stream of its own, on which memory was allocated before
+    graph = torch.cuda.CUDAGraph()
+    with undone(model, optimizer, device):
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(warmup):
@@ -49,26 +44,13 @@ def capture(
         optimizer.zero_grad()  # so that gradients lie in the graph's own memory
         with torch.cuda.graph(graph, stream=stream):
             outputs = step(*static)
-        captured = True
-    finally:
-        optimizer.restore()
-        with torch.no_grad():
-            for t, value in before:
-                t.copy_(value)
-            for p, key, value in _state(optimizer):
-                value.copy_(state[p, key]) if (p, key) in state else value.zero_()
-        optimizer.skipped_steps = skipped_steps
-        torch.cuda.set_rng_state(generator, device)
-        if not captured:
-            optimizer.zero_grad()
-            for group, lr in zip(optimizer.param_groups, lrs):
-                group["lr"] = lr
 
     lrs = [group["lr"] for group in optimizer.param_groups]
-    memory = (model, step, optimizer._plan.memory(), [value for _, _, value in _state(optimizer)])
+    passes: Any = optimizer.passes
+    memory = (model, step, passes.memory(), [value for _, _, value in state_of(optimizer)])
 
     def replay(*inputs: Tensor) -> Any:
-        _ = memory  # which the graph uses: it lives as long as this function
+        _ = memory  # the graph uses it, and so it must live as long as this function
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in static]:
             expected = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in static)
             raise ValueError(f"the captured step takes {expected}: run the uncaptured one for other batches")
@@ -82,12 +64,44 @@ def capture(
     return replay
 
 
-def _check(optimizer: SAM, inputs: tuple[Tensor, ...], warmup: int) -> None:
-    if not isinstance(optimizer, SAM):
-        raise TypeError(f"capture needs a mup2_fused.SAM, as every other optimizer waits for the host: {optimizer!r}")
-    optimizer._require_restored("capture()")
+@contextmanager
+def undone(model: nn.Module, optimizer: SAM, device: torch.device) -> Iterator[None]:
+    """Learning rates are tensors on the device inside, and afterwards; numbers again if it fails.
+
+    Weights, buffers, state, skipped_steps and random numbers are afterwards what they were before. Addresses stay.
+    """
+    lrs, skipped = [group["lr"] for group in optimizer.param_groups], optimizer.skipped_steps
+    before = [(t, t.detach().clone()) for t in chain(model.parameters(), model.buffers())]
+    state = {(p, key): value.clone() for p, key, value in state_of(optimizer)}
+    generator = torch.cuda.get_rng_state(device)
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone()
+        yield
+    except BaseException:
+        optimizer.zero_grad()
+        for group, lr in zip(optimizer.param_groups, lrs):
+            group["lr"] = lr
+        raise
+    finally:
+        optimizer.restore()
+        with torch.no_grad():
+            for t, value in before:
+                t.copy_(value)
+            for p, key, value in state_of(optimizer):
+                value.copy_(state[p, key]) if (p, key) in state else value.zero_()
+        optimizer.phase.skipped += skipped - optimizer.skipped_steps  # the count on the device goes on from where it is
+        torch.cuda.set_rng_state(generator, device)
+
+
+def check(optimizer: SAM, inputs: tuple[Tensor, ...], warmup: int) -> None:
+    """The errors of capture()."""
+    if not isinstance(optimizer, SAM) or not isinstance(optimizer.passes, CompiledPasses):
+        raise TypeError(f"capture needs SAM(backend='compiled'), as others wait for the host, but got: {optimizer!r}")
+    if optimizer.phase.backups:
+        raise RuntimeError("weights are perturbed: call second_step() or restore() before capture()")
     groups = optimizer.param_groups
-    if not optimizer._has_kernel() or any(group.get("amsgrad") for group in groups):
+    if not kernel_of(optimizer.base_optimizer) or any(group.get("amsgrad") for group in groups):
         name = type(optimizer.base_optimizer).__name__
         raise ValueError(f"{name} waits for the host: only SGD, Adam and AdamW without amsgrad and hooks do not")
     if optimizer.same_randomness:
@@ -95,14 +109,10 @@ def _check(optimizer: SAM, inputs: tuple[Tensor, ...], warmup: int) -> None:
     new = [p for group in groups for p in group["params"] if p not in optimizer.state]
     if new and any(group.get("momentum") and group.get("dampening") for group in groups):
         raise ValueError("with dampening the first update differs from the others: take one step before capture()")
-    if warmup < 1 or not inputs or not all(map(_on_gpu, inputs)):
+    if warmup < 1 or not inputs or not all(x.is_cuda for x in inputs):
         raise ValueError("capture needs at least one input, all of them on the GPU, and one run of step for warming up")
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-def _state(optimizer: SAM) -> list[tuple[Tensor, str, Tensor]]:
+def state_of(optimizer: SAM) -> list[tuple[Tensor, str, Tensor]]:
     """(parameter, key, value) of all tensors in the optimizer's state."""
     return [(p, k, v) for p, own in optimizer.state.items() for k, v in own.items() if torch.is_tensor(v)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import mup2_ref
-import networks
-from mup2_ref import init_, param_groups
+import mup2_fused
+from experiments import networks
+from mup2_fused import exponents, init_, param_groups, report
 
 mup = pytest.importorskip("mup", reason="pip install mup")
 
@@ -92,32 +92,42 @@ def test_step_equals_algorithm_1(network, SAM):
 @pytest.mark.parametrize("perturbation", ["naive", "global"])
 def test_naive_and_global_are_plain_sam(network, perturbation):
     """The readout's gradient is 1/n smaller here, so that hidden layers dominate and one radius is stable."""
-    groups = param_groups(with_infshapes(NETWORKS[network]), lr=0.1, rho=0.3, perturbation=perturbation)
+    groups = param_groups(with_infshapes(NETWORKS[network]), None, exponents("mup", perturbation), lr=0.1, rho=0.3)
     assert {(g["rho"], g["gradnorm_scaling"]) for g in groups} == {(0.3, 1.0)}
     assert len({g["lr"] for g in groups}) > 1
+
+
+def test_global_is_refused_where_it_is_not_known():
+    model = with_infshapes(mlp)
+    for name, perturb in (("ntp", "all"), ("mup", lambda name, p: p.ndim < 2)):
+        with pytest.raises(ValueError, match="mup.MuReadout, 'global' needs 'mup' and all roles"):
+            param_groups(model, None, exponents(name, "global"), lr=0.1, rho=0.3, perturb=perturb)
 
 
 # ---------------------------------------------------------------------- with and without the multiplier
 
 
-@pytest.mark.parametrize("network", ["mlp", "vit"])  # the factors of a ResNet are the same; it is the slowest
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(variant="sam"),
-        dict(variant="elementwise"),
-        dict(variant="layerwise"),
-        dict(norm="joint"),
-        dict(perturbation="balanced"),
-        dict(perturbation="first-layer", variant="layerwise"),
-        dict(perturb=lambda name, p: "head" in name or name.startswith("6")),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_trajectories_do_not_depend_on_the_convention(network, options, base, SAM):
+SCALINGS = {  # (perturbation, variant, norm) and which parameters are perturbed
+    "sam": (("effective", "sam", "decoupled"), "all"),
+    "elementwise": (("effective", "elementwise", "decoupled"), "all"),
+    "layerwise": (("effective", "layerwise", "decoupled"), "all"),
+    "joint": (("effective", "sam", "joint"), "all"),
+    "balanced": (("balanced", "sam", "joint"), "all"),
+    "first-layer": (("first-layer", "layerwise", "joint"), "all"),
+    "readout only": (("effective", "sam", "decoupled"), lambda name, p: "head" in name or name.startswith("6")),
+}
+KINDS = {  # eps would weigh differently in the two conventions
+    "sgd": (torch.optim.SGD, dict(momentum=0.9)),
+    "adam": (torch.optim.AdamW, dict(eps=1e-30)),
+}
+
+
+@pytest.mark.parametrize("base", KINDS)
+@pytest.mark.parametrize("network, scaling", [*(("mlp", name) for name in SCALINGS), ("vit", "sam"), ("vit", "joint")])
+def test_trajectories_do_not_depend_on_the_convention(network, scaling, base):
     """W = m V: five steps from the same function, with momentum or moments and weight decay, in float64."""
-    build = NETWORKS[network]
+    build, ((perturbation, variant, norm), perturb) = NETWORKS[network], SCALINGS[scaling]
+    e = exponents("mup", perturbation, variant, norm=norm, base_optimizer=base)
     theirs, ours, base_model = with_infshapes(build).double(), build(WIDE).double(), build(BASE)
     with torch.no_grad():
         for p, q in zip(ours.parameters(), theirs.parameters()):
@@ -128,15 +138,12 @@ def test_trajectories_do_not_depend_on_the_convention(network, options, base, SA
         readouts[0].weight.div_(a)
     x, y = batch()
     assert torch.allclose(ours(x), theirs(x), rtol=1e-12, atol=1e-13)
-    optimizers, losses = [], []
+    kind, kwargs = KINDS[base]
+    losses = []
     for model, base_or_none in ((ours, base_model), (theirs, None)):
-        groups = param_groups(model, base_or_none, lr=0.02, rho=0.1, weight_decay=0.1, base_optimizer=base, **options)
-        kind, kwargs = {
-            "sgd": (torch.optim.SGD, dict(momentum=0.9)),
-            "adam": (torch.optim.AdamW, dict(eps=1e-30)),  # eps would weigh differently in the two
-        }[base]
-        optimizers.append(SAM(groups, kind, variant=options.get("variant", "sam"), **kwargs))
-        losses.append([optimizers[-1].step(closure_of(model, optimizers[-1], x, y)).item() for _ in range(5)])
+        groups = param_groups(model, base_or_none, e, lr=0.02, rho=0.1, weight_decay=0.1, perturb=perturb)
+        opt = mup2_fused.SAM(groups, kind, **kwargs)
+        losses.append([opt.step(closure_of(model, opt, x, y)).item() for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9) and losses[0][0] != losses[0][-1]
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
         scale = a if p is readouts[0].weight else 1
@@ -169,9 +176,10 @@ def test_mup_optimizers_as_base(network, base, SAM):
     other = with_infshapes(NETWORKS[network]).double()  # as mup's attributes do not survive a deepcopy
     other.load_state_dict(model.state_dict())
     kwargs = dict(weight_decay=0.1)
-    scaled = param_groups(model, lr=0.05, rho=0.2, base_optimizer=base, **kwargs)
-    bare = param_groups(other, lr=None, rho=0.2, base_optimizer=base)
-    assert all("lr" not in g and "weight_decay" not in g for g in bare) and "-" in mup2_ref.report(bare)
+    scaling = exponents(base_optimizer=base)
+    scaled = param_groups(model, None, scaling, lr=0.05, rho=0.2, **kwargs)
+    bare = param_groups(other, None, scaling, lr=None, rho=0.2)
+    assert all("lr" not in g and "weight_decay" not in g for g in bare) and "-" in report(bare)
     torch_kind, mup_kind = {"sgd": (torch.optim.SGD, mup.MuSGD), "adam": (torch.optim.AdamW, mup.MuAdamW)}[base]
     a, b = SAM(scaled, torch_kind), SAM(bare, mup_kind, lr=0.05, **kwargs)
     assert type(b.base_optimizer) is torch_kind and all("gradnorm_scaling" in g for g in b.param_groups)
@@ -180,7 +188,7 @@ def test_mup_optimizers_as_base(network, base, SAM):
             opt.step(closure_of(m, opt, x, y))
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
-    again = SAM(param_groups(model, lr=None, rho=0.1, base_optimizer=base), mup_kind, lr=0.01, **kwargs)
+    again = SAM(param_groups(model, None, scaling, lr=None, rho=0.1), mup_kind, lr=0.01, **kwargs)
     again.load_state_dict(copy.deepcopy(b.state_dict()))  # their order of groups is a function of the model
     assert [g["lr"] for g in again.param_groups] == [g["lr"] for g in b.param_groups]
     model.load_state_dict(other.state_dict())
@@ -200,8 +208,6 @@ def test_learning_rates_are_never_scaled_twice(SAM):
     groups = param_groups(with_infshapes(mlp), lr=0.05, rho=0.2)
     with pytest.raises(ValueError, match=r"scaled already: make them with param_groups\(lr=None\)"):
         SAM(groups, mup.MuSGD)
-    with pytest.raises(ValueError, match="weight_decay goes to the optimizer too"):
-        param_groups(with_infshapes(mlp), lr=None, rho=0.2, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("bad", [torch.optim.SGD([torch.zeros(2)], lr=0.1), "sgd", None, lambda groups: None, dict])
@@ -229,7 +235,11 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 def test_a_readout_shared_with_the_embedding_needs_no_word(base):
     model = mup.set_base_shapes(Shared(WIDE), Shared(BASE), delta=Shared(2 * BASE))
-    [g] = [g for g in param_groups(model, lr=1.0, rho=1.0, base_optimizer=base) if "embed.weight" in g["names"]]
+    [g] = [
+        g
+        for g in param_groups(model, None, exponents(base_optimizer=base), lr=1.0, rho=1.0)
+        if "embed.weight" in g["names"]
+    ]
     assert (g["rho"], g["gradnorm_scaling"], g["lr"]) == (M, M**0.5, M if base == "sgd" else 1)
 
 
@@ -254,28 +264,29 @@ def test_raw_parameters_mean_what_they_mean_to_mup():
 
 def test_without_infshapes():
     model = with_infshapes(mlp)
-    with pytest.raises(ValueError, match=r"'1.weight' has no infshape: pass base_model, or call mup.set_base_shapes"):
+    with pytest.raises(ValueError, match=r"'1.weight' has no infshape. Pass the base model, or call mup.set"):
         param_groups(copy.deepcopy(model), lr=1.0, rho=1.0)
     with pytest.raises(ValueError, match="no infshape"):
         init_(nn.Linear(3, 4))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(norm="joint"), dict(variant="elementwise")])
-def test_with_base_model_too(options):
+@pytest.mark.parametrize("scaling", [exponents(), exponents(norm="joint"), exponents(variant="elementwise")])
+def test_with_base_model_too(scaling):
     """A base model of the same base, with or without shapes of its own, or another base that is noted in both."""
 
-    def factors(groups):
+    def factors(model, base):
+        groups = param_groups(model, base, scaling, lr=1.0, rho=1.0)
         return {f"{n} {k}": g[k] for g in groups for n in g["names"] for k in ("lr", "rho", "gradnorm_scaling")}
 
-    model, settings = with_infshapes(mlp), dict(lr=1.0, rho=1.0) | options
-    expected = factors(param_groups(model, **settings))
+    model = with_infshapes(mlp)
+    expected = factors(model, None)
     assert expected["6.weight lr"] == M
     for base in (mlp(BASE, mup.MuReadout), with_infshapes(mlp, BASE)):
-        assert factors(param_groups(model, base, **settings)) == pytest.approx(expected)
+        assert factors(model, base) == pytest.approx(expected)
     narrower, wider = with_infshapes(mlp, base=4), with_infshapes(mlp, 8, base=4)
-    assert factors(param_groups(narrower, wider, **settings)) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="'6.weight' divides its input by 8 .* but grows by 4 from base_model"):
-        param_groups(narrower, mlp(BASE, mup.MuReadout), **settings)
+    assert factors(narrower, wider) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="'6.weight' divides its input by 8, .* but its fan_in grows by 4"):
+        factors(narrower, mlp(BASE, mup.MuReadout))
 
 
 def test_base_optimizers_that_do_as_they_like(SAM):

@@ -1,0 +1,165 @@
+"""Parameter groups and initial weights for any architecture.
+
+The formulas are mup2_ref's, and roles.py tells the roles. This file adds perturbations of some parameters only (SAM-ON)
+and the factors of the mup package's readout, which divides its input by the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mup2_fused.roles import MATRIX_MODULES, Weight, describe
+from mup2_fused.theory import exponents
+from mup2_ref import MUP2, ROLES, Exponents, factors, initial_std, known
+
+
+def param_groups(
+    model: nn.Module,
+    base: nn.Module | None = None,
+    scaling: Exponents = MUP2,
+    *,
+    lr: float | None,
+    rho: float,
+    weight_decay: float = 0.0,
+    perturb: str | Callable[[str, Tensor], bool] = "all",
+    roles: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for SAM, or for any torch optimizer, with the lr, rho and gradnorm_scaling of this width.
+
+    base: the same architecture at the base width, where lr and rho were tuned; it may live on the meta device. A
+    dimension in which the models differ is a width. At the base width every factor is 1. None: the model went through
+    mup.set_base_shapes() of the mup package, and its p.infshape is read.
+    lr: None leaves lr and weight_decay to an optimizer that scales them by itself, such as mup.MuSGD or mup.MuAdam.
+    weight_decay: lr * weight_decay is the same at every width.
+    perturb: "all", "norm" (only normalization layers: SAM-ON), or a function (name, parameter) -> bool. Where some
+    roles are not perturbed, the rows that exponents() made are replaced by those for the other roles.
+    roles: {parameter name: "input", "hidden", "output" or "finite"} where modules and shapes do not tell.
+    Groups have params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb and variant. ValueError for an
+    ambiguous role, an unknown name, or models that differ in more than their width.
+    """
+    if lr is None and weight_decay:
+        raise ValueError("with lr=None, pass weight_decay to the optimizer: SAM(groups, MuSGD, weight_decay=...)")
+    weights = {name: w for name, w in describe(model, base, roles).items() if w.parameter.requires_grad}
+    perturbed = _perturbed_names(weights, perturb)
+    scaling = _for_weights(scaling, weights, {weights[name].role for name in perturbed})
+    n = _width(weights)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, weight in weights.items():
+        of_lr, of_rho, of_norm = _factors_with_divisor(scaling, weight, n)
+        rates = {} if lr is None else dict(lr=lr * of_lr, weight_decay=weight_decay / of_lr)
+        radii = dict(rho=rho * of_rho, gradnorm_scaling=of_norm, perturb=name in perturbed)
+        settings = dict(role=weight.role, variant=scaling.variant) | rates | radii
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": []} | settings)
+        group["params"].append(weight.parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _perturbed_names(weights: dict[str, Weight], perturb: str | Callable[[str, Tensor], bool]) -> set[str]:
+    if callable(perturb):
+        names = {name for name, weight in weights.items() if perturb(name, weight.parameter)}
+    else:
+        everything = known(perturb, ("all", "norm")) == "all"
+        names = {name for name, weight in weights.items() if everything or weight.in_norm}
+    if not names:
+        raise ValueError(f"perturb={perturb!r} selects no trainable parameter")
+    return names
+
+
+def _for_weights(scaling: Exponents, weights: dict[str, Weight], roles: set[str]) -> Exponents:
+    """The same row of the tables for networks in which only these roles are perturbed.
+
+    Exponents that are no row of the tables, but the user's own, are returned as they are.
+    """
+
+    def row(perturbation: Any, perturbed: tuple[str, ...]) -> Exponents:
+        names = (scaling.parameterization, perturbation, scaling.variant)
+        return exponents(*names, base_optimizer=scaling.base_optimizer, norm=scaling.norm, perturbed=perturbed)
+
+    try:
+        if scaling != row(scaling.perturbation, ROLES):
+            return scaling
+    except ValueError:  # the user's own names
+        return scaling
+    divided = any(weight.divisor != 1 for weight in weights.values())
+    if divided and scaling.perturbation == "global" and scaling.variant == "sam":
+        if scaling.parameterization != "mup" or not roles >= set(ROLES):
+            raise ValueError("with mup.MuReadout, 'global' needs 'mup' and all roles perturbed: take 'effective'")
+        return row("naive", ROLES)  # MuReadout's gradient is n times smaller, so that hidden layers dominate the norm
+    # At the base width nothing grows: every role is "finite", and all exponents mean the same.
+    return row(scaling.perturbation, tuple(role for role in ROLES if role in roles) or ROLES)
+
+
+def _width(weights: dict[str, Weight]) -> float | None:
+    """By how much the model is wider than the base model; None if its dimensions grow by different factors."""
+    ratios = {ratio for weight in weights.values() for ratio in weight.growth if ratio != 1}
+    return max(ratios, default=1.0) if len(ratios) < 2 else None
+
+
+def _factors_with_divisor(scaling: Exponents, weight: Weight, n: float | None) -> tuple[float, float, float]:
+    """Factors of lr, rho and gradnorm_scaling of one parameter.
+
+    A module that divides its input by a applies the matrix V = W / a, of which the theory speaks. The parameter W needs
+    e_W = a e_V, and its gradient is dL/dV / a. So a² goes into the factor of rho, and a into that of the norm;
+    adaptive SAM has these factors in T. SGD's learning rate gets a², Adam's gets a.
+    """
+    of_lr, of_rho, of_norm = factors(scaling, weight.growth, n)
+    a = weight.divisor
+    of_lr *= a**2 if scaling.base_optimizer == "sgd" else a
+    if any(scaling.dl) and scaling.variant == "sam":
+        of_rho, of_norm = of_rho * a**2, of_norm * a
+    return of_lr, of_rho, of_norm
+
+
+def initial_scale(weight: Weight, scaling: Exponents) -> float:
+    """Initial standard deviation over that in the base model."""
+    return initial_std(weight.growth, scaling) * weight.divisor
+
+
+@torch.no_grad()
+def init_(
+    model: nn.Module,
+    base: nn.Module | None = None,
+    scaling: Exponents = MUP2,
+    *,
+    zero_output: bool = False,
+    gain: float = 2**0.5,
+    roles: dict[str, str] | None = None,
+) -> nn.Module:
+    """Draw the initial weights of an existing model in place, and return the model.
+
+    Matrices become N(0, gain² / fan_in) at the base width and n^(-b_l) times that elsewhere; their biases become 0.
+    gain: as in torch.nn.init.calculate_gain, sqrt(2) for ReLU. Embeddings, normalizations and other vectors need no
+    scale and keep their values. Raw parameters keep theirs, too, as only the model's author knows how to draw them.
+    The result does not depend on the values before, so drawing twice is the same as drawing once.
+    base, roles: as for param_groups, with the same errors.
+    zero_output: output weights start at 0. At the base width, name them: roles={"head.weight": "output"}.
+    """
+    weights = describe(model, base, roles)
+    if zero_output and all(weight.role != "output" for weight in weights.values()):
+        raise ValueError("zero_output: no tensor has the role 'output'. Name it: roles={'head.weight': 'output'}.")
+    for weight in weights.values():
+        p = weight.parameter
+        if zero_output and weight.role == "output":
+            p.zero_()
+        elif weight.base_fan_in is not None:
+            p.normal_(0, gain * weight.base_fan_in**-0.5 * initial_scale(weight, scaling))
+        elif p.ndim == 1 and isinstance(weight.module, MATRIX_MODULES):
+            p.zero_()
+    return model
+
+
+def report(groups: list[dict[str, Any]]) -> str:
+    """A table with one row per parameter: name, shape, role, lr, rho, gradnorm_scaling ("-": not perturbed)."""
+    rows = [("name", "shape", "role", "lr", "rho", "gradnorm_scaling")]
+    for g in groups:
+        for name, p in zip(g["names"], g["params"]):
+            radius = (f"{g['rho']:.4g}", f"{g['gradnorm_scaling']:.4g}") if g["perturb"] else ("-", "-")
+            lr = f"{g['lr']:.4g}" if "lr" in g else "-"
+            rows.append((name, "x".join(map(str, p.shape)), g["role"], lr, *radius))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)

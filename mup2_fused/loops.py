@@ -1,0 +1,132 @@
+"""Training loops, and what a model needs around the two passes of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def frozen_buffers(model: nn.Module) -> Iterator[None]:
+    """The model's buffers are afterwards what they were before. Put it around the second pass, for batch norm.
+
+    Running statistics and counters then come from the weights w alone, also those of custom or synchronized
+    normalization, while batches are normalized as ever. Buffers keep their addresses. The context may be nested.
+    """
+    saved = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in saved:
+                buffer.copy_(before)
+                module._buffers[name] = buffer  # some modules assign a new tensor instead of changing this one
+
+
+def accumulate(
+    model: nn.Module,
+    micro_batches: Batches,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    *,
+    synchronize: bool = True,
+) -> Tensor:
+    """Add the gradient of the mean loss over all samples of some micro-batches to .grad, and return that loss.
+
+    loss_function: a mean over samples. This is one pass of SAM, for a batch that does not fit in memory:
+
+        def closure():
+            opt.zero_grad()
+            return accumulate(model, micro_batches)
+
+    DistributedDataParallel exchanges gradients once, in the last micro-batch. With synchronize=False it does not
+    exchange them at all: in the first pass, each process then climbs by its own gradient (m-sharpness, Foret et al.
+    2021). ValueError if there are no samples.
+    """
+    micro_batches = [(x, y) for x, y in micro_batches if len(y)]  # the mean over no samples is not a number
+    if not micro_batches:
+        raise ValueError("no micro-batches, or only empty ones: give accumulate() at least one sample")
+    samples = sum(len(y) for _, y in micro_batches)
+    total: Any = 0.0
+    for i, (x, y) in enumerate(micro_batches, 1):
+        exchanged = synchronize and i == len(micro_batches)
+        with nullcontext() if exchanged else getattr(model, "no_sync", nullcontext)():
+            loss = loss_function(model(x), y) * (len(y) / samples)  # forward inside: DDP prepares the exchange there
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    *,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    scheduler: Any = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """One epoch; returns the mean over batches of the loss at w, a scalar on the device. ValueError without batches.
+
+    optimizer: any torch optimizer. One with first_step() and restore(), as SAM, gets two passes for each batch.
+    batches: (inputs, targets). scheduler: steps after every batch. autocast: context for the forward passes, such as
+    partial(torch.autocast, "cuda", torch.bfloat16). scaler: of the loss, for float16; with this package's SAM only.
+    """
+    device = next(model.parameters()).device
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    losses = []
+    model.train()
+    for x, y in batches:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+        def backward() -> Tensor:
+            optimizer.zero_grad()
+            with autocast():
+                loss = loss_function(model(x), y)
+            scaler.scale(loss).backward()
+            return loss.detach()
+
+        losses.append(backward())
+        if hasattr(optimizer, "first_step"):
+            second_pass(optimizer, backward)
+        scaler.step(optimizer)
+        scaler.update()
+        if scheduler is not None:
+            scheduler.step()
+    if not losses:
+        raise ValueError("no batches: is the data set smaller than a batch, or the iterator used up?")
+    return torch.stack(losses).mean()
+
+
+def second_pass(optimizer: Any, backward: Callable[[], Any]) -> None:
+    """Climb, and call backward at w + e. The weights are at w again if that fails."""
+    optimizer.first_step()
+    try:
+        backward()
+    except BaseException:
+        optimizer.restore()
+        raise
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> Tensor:
+    """(cross entropy, correct predictions, samples), each summed over all samples, as one tensor on the device."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    model.eval()
+    for x, y in batches:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with autocast():
+            f = model(x)
+        loss = F.cross_entropy(f.float(), y, reduction="sum")
+        sums += torch.stack([loss.double(), (f.argmax(1) == y).sum().double(), loss.new_tensor(len(y)).double()])
+    return sums

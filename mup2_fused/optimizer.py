@@ -1,0 +1,232 @@
+"""The optimizer: its phases, closures, loss scaling, state and copies. Its passes over the weights are elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# torch.compile must leave these methods alone: a step would no longer be the eager step to the bit. Unlike
+# torch.compiler.disable, this decorator imports the compiler at the first call only, and not with this module.
+from torch._compile import _disable_dynamo as uncompiled
+
+from mup2_fused import torch_passes
+from mup2_fused.arguments import check_base, check_group, make_base, variant_of
+from mup2_fused.compiled_passes import passes_for
+from mup2_fused.torch_passes import Phase
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization around any torch optimizer, with muP² factors per parameter group.
+
+    Groups may have rho, gradnorm_scaling (default 1) and perturb (default True), as param_groups() makes them
+    (Algorithm 1). Over all tensors l with perturb=True that have a gradient:
+
+        norm = sqrt(sum_l (gradnorm_scaling_l ||T g_l||)²)        e_l = rho_l T² g_l / (norm + 1e-12)
+
+    rho: radius for groups without their own. For variant "sam" it is the Euclidean length of the perturbation; for
+    the adaptive variants it is relative to the weights.
+    variant: "sam", "elementwise" or "layerwise"; by default the one that the groups are made for.
+    base_optimizer: a class, or a function that makes an optimizer from groups, such as mup.MuSGD. It gets base_kwargs.
+    backend: "compiled" uses the kernels, "torch" torch's operations, "auto" the kernels where they can be used.
+    skip_nonfinite: also skip the update if a gradient of the second pass is not finite, which reads all of them again.
+    same_randomness: step(closure) gives both passes the same random numbers, and so the same dropout masks.
+
+    Call step(closure), or first_step() after one backward pass and second_step() after another. A first gradient that
+    is not finite perturbs nothing, and the update after it is skipped and counted in skipped_steps. Weights are
+    perturbed in place, and restored bit for bit, also those to which the second pass gives no gradient.
+    This object and .base_optimizer share groups and state: schedulers, hooks, state_dict(), copies and pickles see one
+    optimizer. GradScaler.step(sam) takes the place of second_step(). Gradients need no unscale_() before first_step(),
+    because e does not depend on the scale.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then calls step() on overflow too, which restores the weights
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        variant: str | None = None,
+        backend: str = "auto",
+        skip_nonfinite: bool = False,
+        same_randomness: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        check_base(base_optimizer)
+        if base_kwargs.get("differentiable"):
+            raise ValueError("SAM changes weights in place: leave out differentiable=True")
+        if not isinstance(params, Tensor):  # torch refuses a tensor, and says why
+            params = [dict(p) if isinstance(p, dict) else p for p in params]
+        self.variant = variant_of([p for p in params if isinstance(p, dict)], variant)
+        self.backend, self.skip_nonfinite, self.same_randomness = backend, skip_nonfinite, same_randomness
+        self.phase = Phase()
+        own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": self.variant}
+        super().__init__(params, own)
+        self.base_optimizer = make_base(base_optimizer, self.param_groups, base_kwargs)
+        self.defaults = self.base_optimizer.defaults | own
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        self.passes = passes_for(self.param_groups, backend)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. ValueError for a bad rho or gradnorm_scaling, or a group that is made for another variant."""
+        if isinstance(param_group, dict):  # torch refuses anything else, and says why
+            check_group(self.defaults | param_group, self.variant)
+        super().add_param_group(param_group)
+        if "passes" in vars(self):  # not while __init__ adds the first groups
+            self.phase, self.passes = self._settled(), passes_for(self.param_groups, self.backend)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many updates were skipped because a gradient was not finite. Reading it waits for the GPU."""
+        return self.passes.skipped(self.phase)
+
+    # -- the two passes
+
+    @uncompiled
+    def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
+        """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
+
+        process_group: processes that climb by gradients of their own (m-sharpness), such as torch.distributed.group.
+        WORLD. If the gradient is not finite in one of them, none climbs or updates, so that their weights stay equal.
+        """
+        if "phase" not in vars(self):  # Lightning's wrapper is a SAM, too
+            raise RuntimeError("this wraps the optimizer: call step(closure), or first_step() on the optimizer itself")
+        self._require_restored("the next first_step()")
+        self.passes.climb(self.phase, self.param_groups, self.variant, process_group)
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Return to w and let the base optimizer step. RuntimeError without a first_step() before."""
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @uncompiled
+    def restore(self) -> None:
+        """Return every perturbed weight to w, bit for bit. No update can follow. Nothing happens at w."""
+        self.passes.restore(self.phase)
+
+    @contextmanager
+    def perturbed(self, process_group: Any = None) -> Iterator[None]:
+        """Weights are at w + e inside, and at w again afterwards, also after an exception or Ctrl-C.
+
+        Use it for passes that may fail, and to look at the loss at w + e. step() or second_step() may then update with
+        the gradient of a pass inside. Restoring and updating are apart then, and read the memory once more.
+        """
+        self.first_step(process_group=process_group)
+        try:
+            yield
+        finally:
+            updated = self.phase.backups is None  # by a second_step() inside
+            self.restore()
+        if not updated:
+            self.phase.backups = []
+
+    @uncompiled
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One SAM step. closure: zero_grad, forward, backward, return the loss. It runs twice; returns the first loss.
+
+        Without closure this is second_step(). RuntimeError when weights are perturbed and a closure is given, or when
+        they are not and no closure is given.
+        """
+        if closure is not None:
+            self._require_restored("step(closure)")
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        try:
+            loss = None
+            if closure is not None:
+                loss = self._run_twice(closure, found_inf)
+            elif self.phase.backups is None:
+                return self._make_state()
+            self.passes.descend(self.phase, self.base_optimizer, grad_scale, found_inf, self.skip_nonfinite)
+        except BaseException:
+            self.restore()
+            self._forget_scale()
+            raise
+        return loss
+
+    def _run_twice(self, closure: Callable[[], Any], found_inf: Tensor | None) -> Any:
+        """The closure at w and at w + e."""
+        if found_inf is not None:
+            raise RuntimeError("GradScaler cannot unscale in a closure: use first_step() and scaler.step(opt)")
+        random = self._random_states() if self.same_randomness else []
+        with torch.enable_grad():
+            loss = closure()
+            self.first_step()
+            for set_state, state in random:
+                set_state(state)
+            closure()
+        return loss
+
+    def _random_states(self) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+        """(setter, state) of the random number generators of the CPU and of the parameters' GPUs."""
+        gpus = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
+        states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
+        return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus]
+
+    @torch.no_grad()
+    def _make_state(self) -> None:
+        """A step without a first half, as torch.distributed.checkpoint takes it before loading; else RuntimeError.
+
+        It has neither state nor learning rates, and its gradients are 0. It only makes the base optimizer's state.
+        """
+        gradients = torch_passes.gradients_of(self.param_groups)
+        trained = self.state or not gradients or any(group.get("lr", 1) for group in self.param_groups)
+        if trained or torch_passes.norm_of_gradients(gradients):
+            raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
+        self.base_optimizer.step()
+
+    def _require_restored(self, before: str) -> None:
+        if self.phase.backups:
+            self._forget_scale()
+            raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {before}")
+
+    def _forget_scale(self) -> None:
+        """GradScaler.step sets these for the time of a step, and leaves them behind when the step fails."""
+        for name in ("grad_scale", "found_inf"):
+            vars(self).pop(name, None)
+
+    # -- one optimizer to the outside
+
+    def state_dict(self) -> dict[str, Any]:
+        """All groups and the base optimizer's state, never a backup. RuntimeError between the passes."""
+        self._require_restored("state_dict(), or a checkpoint would hold w + e")
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if group.get("capturable") or group.get("fused"):
+                continue
+            for i in group["params"]:  # the kernels count steps on the device, and here torch counts on the host
+                own = state["state"].get(i, {})
+                if torch.is_tensor(own.get("step")):
+                    state["state"][i] = own | {"step": own["step"].cpu()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of a SAM, or of a bare base optimizer: rho then stays. RuntimeError between the passes."""
+        self._require_restored("load_state_dict()")
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):  # torch raises an error otherwise
+            variants = [{"variant": variant_of([group], self.variant)} for group in saved]
+            saved = [mine | theirs | own for mine, theirs, own in zip(self.param_groups, saved, variants)]
+        super().load_state_dict(state_dict | {"param_groups": saved})
+
+    def _settled(self) -> Phase:
+        """The phase together with what only the device knew. Waits for the GPU."""
+        return Phase(self.phase.backups, self.passes.finite(self.phase), self.skipped_steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("base_optimizer", "variant", "backend", "skip_nonfinite", "same_randomness")
+        return super().__getstate__() | {key: getattr(self, key) for key in own} | {"phase": self._settled()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        if "phase" in state:  # a copy; load_state_dict sets the state and the groups only
+            self.passes = passes_for(self.param_groups, self.backend)

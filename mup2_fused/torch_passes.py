@@ -1,0 +1,144 @@
+"""The passes of a SAM step in torch operations, for any device: climb to w + e, restore w, descend from w.
+
+The formulas are mup2_ref's. compiled_passes.py has the same functions as methods, in fewer passes over memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mup2_fused.sharded import Groups, in_any_process, is_spread, place_gradients, whole
+from mup2_ref import EPS, contribution, joint_norm, perturb_
+
+
+@dataclass(eq=False)
+class Phase:
+    """Where an optimizer stands between two updates. It can be copied and pickled at any time."""
+
+    # (parameter, its weights w) for all that is perturbed. None: there was no first step since the last update.
+    # An empty list: there was one, but the weights are at w.
+    backups: list[tuple[Tensor, Tensor]] | None = None
+    finite: bool | None = True  # whether the gradient of the last first step was finite; None: only the device knows
+    skipped: int = 0  # updates that were skipped, without those that the kernels have counted
+
+
+class Passes(Protocol):
+    """What SAM calls. This module is one implementation, CompiledPasses the other."""
+
+    def climb(self, phase: Phase, groups: Groups, variant: str, process_group: Any = None) -> None: ...
+    def restore(self, phase: Phase) -> None: ...
+    def descend(
+        self,
+        phase: Phase,
+        base: torch.optim.Optimizer,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        skip_nonfinite: bool,
+    ) -> None: ...
+    def finite(self, phase: Phase) -> bool: ...
+    def skipped(self, phase: Phase) -> int: ...
+
+
+@torch.no_grad()
+def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None) -> None:
+    """w <- w + e, unless the gradient is not finite in this process or in another one of process_group."""
+    place_gradients(groups)
+    perturbed = climbing(groups)
+    for p, _ in perturbed:
+        refuse_sparse_and_complex(p)
+    norm = norm_of([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], variant)
+    broken = ~norm.isfinite()
+    if process_group is not None:  # its backend may know the parameters' device only
+        broken = in_any_process(broken.to(groups[0]["params"][0].device), process_group)
+    phase.finite = not broken
+    phase.backups = [(p, p.detach().clone()) for p, _ in perturbed]
+    try:
+        for p, group in perturbed if phase.finite else ():
+            perturb_(p, p.grad, signed_rho(group) / (norm + EPS), variant)
+    except BaseException:
+        restore(phase)
+        raise
+
+
+def climbing(groups: Groups) -> list[tuple[Any, dict[str, Any]]]:
+    """What a first step perturbs: every parameter that has a gradient, in the groups with perturb=True; its group."""
+    return [(p, group) for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
+
+
+def refuse_sparse_and_complex(p: Tensor) -> None:
+    """RuntimeError if SAM cannot perturb p by its gradient."""
+    if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+        raise RuntimeError(
+            f"SAM cannot perturb by a {'complex' if p.grad.is_complex() else 'sparse'} gradient (shape "
+            f"{tuple(p.shape)}): use sparse=False in embeddings, torch.view_as_real for complex weights, or "
+            "perturb=False"
+        )
+
+
+def norm_of(triples: list[tuple[Any, Any, float]], variant: str) -> Tensor:
+    """joint_norm over all processes, of (w, g, gradnorm_scaling)."""
+    if any(is_spread(w) for w, _, _ in triples):
+        parts = [whole(contribution(*triple, variant)) for triple in triples]
+        triples, variant = [(part, part, 1.0) for part in parts], "sam"  # the joint norm of the parts' norms
+    return joint_norm(triples, variant)
+
+
+def signed_rho(group: dict[str, Any]) -> float:
+    """The radius along the gradient. Climbing means to make worse, and maximize=True makes a smaller value worse."""
+    return -group["rho"] if group.get("maximize") else group["rho"]
+
+
+@torch.no_grad()
+def restore(phase: Phase) -> None:
+    """Return to w, bit for bit. Nothing happens where nothing is perturbed."""
+    for w, backup in phase.backups or ():
+        w.copy_(backup)
+    phase.backups = None
+
+
+@torch.no_grad()
+def descend(
+    phase: Phase,
+    base: torch.optim.Optimizer,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skip_nonfinite: bool,
+) -> None:
+    """Return to w, divide the gradients by grad_scale, and let base step, unless a gradient was not finite."""
+    restore(phase)
+    place_gradients(base.param_groups)
+    gradients = gradients_of(base.param_groups)
+    if grad_scale is not None:
+        for g in gradients:
+            g.div_(grad_scale.to(g.device))
+    skip = not phase.finite or (found_inf is not None and found_inf.item() > 0)
+    if skip or (skip_nonfinite and not norm_of_gradients(gradients).isfinite()):
+        phase.skipped += 1
+    else:
+        base.step()
+
+
+def gradients_of(groups: Groups) -> list[Tensor]:
+    """All gradients that there are."""
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+
+def norm_of_gradients(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, sparse and complex ones too."""
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    values = [torch.view_as_real(g) if g.is_complex() else g for g in values]
+    return norm_of([(g, g, 1.0) for g in values], "sam")
+
+
+def finite(phase: Phase) -> bool:
+    """Whether the last first gradient was finite."""
+    return bool(phase.finite)
+
+
+def skipped(phase: Phase) -> int:
+    """How many updates were skipped."""
+    return phase.skipped

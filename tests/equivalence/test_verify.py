@@ -1,0 +1,71 @@
+"""`python -m mup2_fused.verify`: it passes here, for all types, and it fails when something is wrong."""
+
+import pytest
+import torch
+
+import mup2_fused
+from mup2_fused import compiled_passes, verify
+from mup2_ref import VARIANTS
+
+CHECKS = ["norm", "perturbation", "restore", "update", "20 steps"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_row_passes(device, dtype):
+    model = verify.Odd().to(device, dtype)
+    for variant in VARIANTS:
+        for base in verify.BASES:
+            rows = list(verify.verify(model, verify.smooth, variant, base))
+            assert [(r.check, r.backend) for r in rows] == [(c, b) for c in CHECKS for b in verify.BACKENDS]
+            for row in rows:
+                assert row.passed, row
+                same_order = dtype == torch.float32 and base == "sgd" and mup2_fused.instruction_set != "baseline"
+                if row.backend == "torch" or (same_order and device == "cpu" and row.check != "norm"):
+                    assert row.error == 0, f"not equal to the reference bit for bit: {row}"
+
+
+def test_the_bound_is_twice_the_references_error_and_one_unit():
+    reference, exact = [torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0 + 1e-6], dtype=torch.float64)]
+    error, bound = verify.error_and_bound([torch.tensor([1.0, 2.0 + 4e-6])], reference, exact)
+    assert error == pytest.approx(3e-6, rel=0.1) and bound == pytest.approx(2e-6 + 2 * 1.19e-7, rel=0.05)
+    assert verify.error_and_bound(reference, reference, exact) == (0, 0)
+    assert verify.error_and_bound([torch.tensor([1.0, torch.nan])], reference, exact)[0] == torch.inf
+    assert not verify.Row("update", "sam", "sgd", "torch", float("nan"), 1.0).passed
+
+
+def forget(optimizer):
+    optimizer.phase.backups = None
+
+
+@pytest.mark.parametrize("backend", verify.BACKENDS)
+def test_it_fails_when_something_is_wrong(backend, monkeypatch, capsys):
+    monkeypatch.setattr(mup2_fused.SAM, "restore", forget)
+    monkeypatch.setattr(verify, "STEPS", 2)
+    assert verify.main(["--backend", backend]) == 1
+    printed = capsys.readouterr().out
+    assert "restore       sam          sgd    " + backend in printed and "FAILED: " in printed
+
+
+def test_without_the_compiled_part_it_verifies_the_other_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "STEPS", 2)
+    monkeypatch.setattr(compiled_passes, "compiled", False)
+    monkeypatch.setattr(compiled_passes, "missing", "the compiled part is missing: build it")
+    assert verify.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "The compiled backend is not verified: the compiled part is missing: build it." in printed
+    assert "Passed: 30 checks, 30 exact" in printed
+    with pytest.raises(RuntimeError, match="build it"):
+        verify.main(["--backend", "compiled"])
+
+
+def test_it_takes_a_model(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef net():\n    return torch.nn.Linear(3, 2), lambda m: m(torch.ones(1, 3)).square().sum()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert verify.main(["--model", "mine:net"]) == 0
+    assert "mine:net" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="module:name"):
+        verify.main(["--model", "mine"])
+    with pytest.raises(SystemExit, match="must be importable from here"):
+        verify.main(["--model", "mine:absent"])

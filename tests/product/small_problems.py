@@ -1,0 +1,65 @@
+"""Parameters, gradients and losses for the tests of the optimizer."""
+
+import torch
+from torch import nn
+
+VARIANTS = ("sam", "elementwise", "layerwise")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def parameters(dtype=torch.float32, shapes=((5, 3), (7,), (2, 3, 4))):
+    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def twins(params):
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def set_gradients(params, scale=1.0):
+    for p in params:
+        p.grad = (torch.randn(p.shape, dtype=torch.float64) * scale).to(p.dtype)
+
+
+def two_steps(opt, params):
+    """A whole step, with random gradients in both passes."""
+    set_gradients(params)
+    opt.first_step()
+    set_gradients(params)
+    opt.second_step()
+
+
+def weights(params):
+    return [p.detach().clone() for p in (params.parameters() if isinstance(params, nn.Module) else params)]
+
+
+def equal(xs, ys):
+    """Bit for bit: tells -0.0 from 0.0 and takes NaN as equal to itself."""
+    as_bytes = lambda t: t.detach().reshape(-1).contiguous().view(torch.uint8)
+    return all(torch.equal(as_bytes(x), as_bytes(y)) for x, y in zip(xs, ys, strict=True))
+
+
+def quadratic(params):
+    """A loss whose gradient depends on w, so that the two passes differ."""
+    return sum(((p - 0.3) ** 4).sum() + p.sin().sum() for p in params)
+
+
+def closure_of(opt, params, loss=quadratic):
+    def closure():
+        opt.zero_grad()
+        value = loss(params)
+        value.backward()
+        return value
+
+    return closure
+
+
+def classification(model):
+    """(model, inputs, targets) for a model with 5 inputs and 3 classes."""
+    return model, torch.randn(12, 5), torch.randint(3, (12,))
+
+
+def backward(model, x, y):
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.detach()

@@ -1,0 +1,99 @@
+"""What users of mypy see: an error in each line below that is marked as wrong, and in no other. And the stub of _C."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = """
+import torch
+from torch import Tensor, nn
+import mup2_fused as mup2
+import mup2_ref
+from mup2_fused.check import Report, check
+
+def network(width: int) -> nn.Module:
+    return mup2.MLP(3, width, 2)
+
+model, base = network(8), network(4)
+own = mup2.exponents("mup", (0.5, (0.0, 0.5, 1.0)), norm="joint")
+groups = MODULE.param_groups(model, base, mup2.exponents("mup", "global"), lr=0.1, rho=0.1)
+MODULE.param_groups(model, base, lr="0.1", rho=0.1)  # wrong
+MODULE.param_groups(model, base, lr=0.1)  # wrong
+MODULE.param_groups(model, base, "mup", lr=0.1, rho=0.1)  # wrong
+MODULE.init_(model, base, own).eval()
+radius: float = MODULE.exponents("mup").d
+stable: str = MODULE.predict(own).stable  # wrong
+opt = MODULE.SAM(groups, torch.optim.AdamW, rho=0.1, variant="sam", weight_decay=0.1)
+MODULE.SAM(model.parameters(), lr=0.1, momentum=0.9)
+MODULE.SAM(groups, rho="0.1")  # wrong
+MODULE.SAM(groups, torch.optim.SGD, 0.1)  # wrong
+MODULE.SAM()  # wrong
+
+def closure() -> Tensor:
+    opt.zero_grad()
+    return mup2.accumulate(model, [(torch.ones(1, 3), torch.ones(1))], nn.functional.cross_entropy)
+
+opt.step(closure)
+opt.first_step()
+opt.second_step()
+torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+"""
+PRODUCT = """
+mup2.param_groups(model, lr=None, rho=0.1, perturb=lambda name, p: p.ndim > 1)
+mup2.param_groups(model, base, lr=0.1, rho=0.1, perturb=3)  # wrong
+mup2.init_(model, base, roles={"layers.0.weight": "input"}, gain=1.0, zero_output=True)
+mup2.init_(model, base, roles=["input"])  # wrong
+mup2.SAM(groups, backend="torch", skip_nonfinite=True, same_randomness=True)
+mup2.SAM(groups, base_optimizer=torch.optim.SGD(groups))  # wrong
+opt.step(3)  # wrong
+opt.second_step(zero_grad="yes")  # wrong
+opt.restore()
+with opt.perturbed(), mup2.frozen_buffers(model):
+    closure()
+with opt.restore():  # wrong
+    pass
+skipped: int = opt.skipped_steps
+skipped = opt.state_dict()  # wrong
+mup2.accumulate(model, [torch.ones(3)])  # wrong
+loss: Tensor = mup2.train_epoch(model, opt, [(torch.ones(1, 3), torch.ones(1))], scaler=torch.amp.GradScaler())
+mup2.train_epoch(model, model, [])  # wrong
+report: Report = check(network, [4, 8], lr=0.1)
+check(network, "4")  # wrong
+"""
+
+
+def test_annotations_accept_right_calls_and_refuse_wrong_ones(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "reference_usage.py").write_text(GROUPS.replace("MODULE", "mup2_ref"))
+    (tmp_path / "product_usage.py").write_text(GROUPS.replace("MODULE", "mup2") + PRODUCT)
+    files = sorted(tmp_path.glob("*.py"))
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", *files]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = {(Path(f).name, int(n)) for f, n in re.findall(r"^(.*?):(\d+): error:", printed.stdout, re.MULTILINE)}
+    wrong = {
+        (path.name, n)
+        for path in files
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if line.endswith("# wrong")
+    }
+    assert found == wrong and len(wrong) == 24, printed.stdout + printed.stderr
+
+
+def test_the_stub_names_what_the_compiled_module_has():
+    from mup2_fused import _C
+
+    stub = ast.parse((ROOT / "mup2_fused" / "_C.pyi").read_text())
+    plan = next(node for node in stub.body if isinstance(node, ast.ClassDef))
+    others = [node for node in stub.body if isinstance(node, (ast.FunctionDef, ast.AnnAssign))]
+    public = {name for name in dir(_C) if not name.startswith("_")}
+    assert public == {"Plan"} | {getattr(n, "name", None) or n.target.id for n in others}
+    methods = {n.name for n in plan.body if isinstance(n, ast.FunctionDef)}
+    assert methods == {name for name in dir(_C.Plan) if not name.startswith("_")}
+    values = [getattr(_C, n.target.id) for n in others if isinstance(n, ast.AnnAssign)]
+    names = [n.annotation for n in others if isinstance(n, ast.AnnAssign)]
+    assert [type(v).__name__ for v in values] == [n.value.id if isinstance(n, ast.Subscript) else n.id for n in names]
