@@ -1,63 +1,80 @@
 """Predicted and measured width exponents, for every row of Tables D.1, D.2, F.1 and 1 of the paper, and Algorithm 1.
 
-    python experiments/exponents.py
+    python -m experiments.exponents
 
-A 3-layer ReLU MLP takes two SAM steps (the unstable "sp" none) at widths 128 to 2048; in the third step we measure,
-per role, the Frobenius norm of the gradient and how much update and perturbation change a layer's output: the rms over
-256 fresh inputs and all coordinates of (update of W_l) x_{l-1} and e_l x_{l-1}, x_{l-1} being what the layer sees
-when the earlier layers are perturbed too. The slope of the logarithm of the geometric mean over seeds against log n is
-the measured exponent. Everything goes through mup2_ref.param_groups and mup2_ref.SAM, in float64 and with a radius so
-small that effects stay linear even where they grow with n. Labels come from a linear teacher and weights are drawn with
-gain 1, so that the error signal is mostly the labels' and not the random initial function's, which only adds noise.
-SAM-ON rows have a LayerNorm before each ReLU. Tables are measured with absolute widths (base width 1) and the joint
-norm of Definition 4, Algorithm 1 (A1) with its decoupled norm and base width 64.
+A 3-layer ReLU MLP takes two SAM steps (none in the unstable "sp") at widths 128 to 2048. In the next step we measure,
+for each role, the Frobenius norm of the gradient, and how much update and perturbation change the layer's output: the
+rms over 256 fresh inputs and all coordinates of (update of W_l) x_{l-1} and e_l x_{l-1}. Here x_{l-1} is what the layer
+sees when the earlier layers are perturbed, too. The measured exponent is the slope, against log n, of the logarithm of
+the geometric mean over seeds.
+
+All rows go through mup2_fused.param_groups and mup2_fused.SAM, in float64, and with a radius so small that effects stay
+linear even where they grow with n. Labels come from a linear teacher and weights are drawn with gain 1, so that most of
+the error signal comes from the labels; the rest comes from the random initial function and is noise. SAM-ON rows have a
+LayerNorm before each ReLU. The paper's tables are measured with absolute widths (base width 1) and the joint norm of
+Definition 4; Algorithm 1 (A1) with its decoupled norm and base width 64.
 """
 
 import argparse
 import json
 import multiprocessing
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mup2_ref
-from mup2_ref import ROLES
+import mup2_fused as mup2
+from experiments.figures import pyplot
+from mup2_fused import ROLES
+from mup2_fused.check.report import STYLES
+from mup2_fused.theory import PERTURBATIONS
+from mup2_ref import PARAMETERIZATIONS
 
 D_IN, D_OUT, BATCH, PROBES = 10, 10, 64, 256
 QUANTITIES = ("effect", "update", "gradient")
 
 
 class Row(NamedTuple):
+    """One row of a table of the paper, and how it is measured."""
+
     table: str
     name: str
     parameterization: str
     perturbation: str | tuple
     variant: str = "sam"
-    perturb: str = "all"
+    perturb: str = "all"  # as for param_groups
     norm: str = "joint"
     base_width: int = 1
 
-    def exponents(self) -> mup2_ref.Exponents:
-        perturbed = ("input",) if self.perturb == "norm" else ROLES  # gains and biases are input-like
-        return mup2_ref.exponents(self.parameterization, self.perturbation, self.variant, perturbed)
+    @property
+    def perturbed(self) -> tuple[str, ...]:
+        return ("input",) if self.perturb == "norm" else ROLES  # gains and biases count as input layers
 
-    def prediction(self) -> mup2_ref.Prediction:
-        return mup2_ref.predict(self.exponents(), at_init=self.parameterization == "sp")
+    def exponents(self, perturbed: tuple[str, ...] = ROLES) -> mup2.Exponents:
+        names = (self.parameterization, self.perturbation, self.variant)
+        return mup2.exponents(*names, norm=self.norm, perturbed=perturbed)
+
+    def prediction(self) -> mup2.Prediction:
+        exponents = self.exponents(self.perturbed)
+        return mup2.predict(exponents, at_init=self.parameterization == "sp", perturbed=self.perturbed)
+
+    def steps(self) -> int:
+        """SAM steps before the one that is measured."""
+        return 0 if self.parameterization == "sp" else 2
 
 
 def rows() -> list[Row]:
-    result = [Row("D.1", p, p, "naive") for p in mup2_ref.PARAMETERIZATIONS]
-    result += [Row("D.2", p, "mup", p) for p in mup2_ref.PERTURBATIONS]
-    gradient = mup2_ref.predict(mup2_ref.exponents()).gradient
+    result = [Row("D.1", p, p, "naive") for p in PARAMETERIZATIONS]
+    result += [Row("D.2", p, "mup", p) for p in PERTURBATIONS]
+    gradient = mup2.predict(mup2.exponents()).gradient
     for d in (-1, -0.5, -0.25, 0, 0.25, 0.5, 1):
-        for role in ROLES:  # this one alone makes up the norm: the others contribute n^(-1/2) to it
+        for role in ROLES:  # the role that dominates the norm; the others contribute n^(-1/2) to it
             dl = tuple(g if r == role else g + 0.5 for g, r in zip(gradient, ROLES))
             result.append(Row("F.1", f"d = {d:g}, {role} dominates", "mup", (d, dl)))
     labels = {"sam": "SAM", "elementwise": "elementwise ASAM", "layerwise": "layerwise ASAM"}
@@ -72,7 +89,7 @@ def rows() -> list[Row]:
 
 def network(width: int, with_norm: bool) -> nn.Module:
     if not with_norm:
-        return mup2_ref.MLP(D_IN, width, D_OUT)
+        return mup2.MLP(D_IN, width, D_OUT)
     return nn.Sequential(
         nn.Linear(D_IN, width, bias=False),
         nn.LayerNorm(width),
@@ -109,20 +126,10 @@ def measure(row: Row, width: int, seed: int) -> dict[str, list[float]]:
     y = (x @ teacher).argmax(1)
     with_norm = row.perturb == "norm"
     model, base = network(width, with_norm).double(), network(row.base_width, with_norm)
-    mup2_ref.init_(model, base, parameterization=row.parameterization, gain=1.0)
-    largest = max(0.0, *row.prediction().effect)
-    groups = mup2_ref.param_groups(
-        model,
-        base,
-        lr=0.1,
-        rho=1e-4 * 2048**-largest,
-        parameterization=row.parameterization,
-        perturbation=row.perturbation,
-        variant=row.variant,
-        norm=row.norm,
-        perturb=row.perturb,
-    )
-    optimizer = mup2_ref.SAM(groups, variant=row.variant)
+    mup2.init_(model, base, row.exponents(), gain=1.0)
+    rho = 1e-4 * 2048 ** -max(0.0, *row.prediction().effect)
+    groups = mup2.param_groups(model, base, row.exponents(), lr=0.1, rho=rho, perturb=row.perturb)
+    optimizer = mup2.SAM(groups)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -130,35 +137,42 @@ def measure(row: Row, width: int, seed: int) -> dict[str, list[float]]:
         loss.backward()
         return loss.detach()
 
-    for _ in range(0 if row.parameterization == "sp" else 2):
+    for _ in range(row.steps()):
         optimizer.step(closure)
+    gradient, effect, update = measure_step(model, optimizer, closure, probe)
+    matrices = [layer for layer in gradient if isinstance(layer, nn.Linear)]
+    norms = [layer for layer in gradient if isinstance(layer, nn.LayerNorm)]
+    effects = [effect[layer] for layer in matrices]
+    if with_norm:
+        effects = [float(np.mean([effect[layer] for layer in norms])), float("nan"), float("nan")]
+    return {
+        "effect": effects,
+        "update": [update[layer] for layer in matrices],
+        "gradient": [gradient[layer] for layer in matrices],
+    }
+
+
+def measure_step(
+    model: nn.Module, optimizer: mup2.SAM, closure: Callable[[], Any], probe: torch.Tensor
+) -> tuple[dict[nn.Module, float], ...]:
+    """By layer: norm of the gradient, and the rms changes of its output by the perturbation and by the update."""
     before_inputs = layer_inputs(model, probe)
     before = outputs(before_inputs)
     closure()
-    gradient = {layer: layer.weight.grad.norm() for layer in before}
+    gradient = {layer: layer.weight.grad.norm().item() for layer in before}
     optimizer.first_step()
     climbed_inputs = layer_inputs(model, probe)
     climbed = outputs(climbed_inputs)
     closure()
     optimizer.restore()
-    effect = {layer: climbed[layer] - out for layer, out in outputs(climbed_inputs).items()}
+    effect = {layer: rms(climbed[layer] - out) for layer, out in outputs(climbed_inputs).items()}
     optimizer.base_optimizer.step()
-    update = {layer: out - before[layer] for layer, out in outputs(before_inputs).items()}
+    update = {layer: rms(out - before[layer]) for layer, out in outputs(before_inputs).items()}
+    return gradient, effect, update
 
-    matrices = [layer for layer in before if isinstance(layer, nn.Linear)]
-    norms = [layer for layer in before if isinstance(layer, nn.LayerNorm)]
 
-    def rms(values: dict, layer: nn.Module) -> float:
-        return values[layer].square().mean().sqrt().item()
-
-    effects = [rms(effect, layer) for layer in matrices]
-    if with_norm:
-        effects = [float(np.mean([rms(effect, layer) for layer in norms])), float("nan"), float("nan")]
-    return {
-        "effect": effects,
-        "update": [rms(update, layer) for layer in matrices],
-        "gradient": [gradient[layer].item() for layer in matrices],
-    }
+def rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 def slopes(widths: list[int], values: np.ndarray) -> np.ndarray:
@@ -166,52 +180,82 @@ def slopes(widths: list[int], values: np.ndarray) -> np.ndarray:
     return np.polyfit(np.log(widths), np.log(values).mean(1), 1)[0]
 
 
+def measure_all(table: list[Row], widths: list[int], seeds: int, jobs: int) -> dict[Row, dict[str, np.ndarray]]:
+    """Row -> quantity -> values of shape (width, seed, role), measured in jobs processes."""
+    from tqdm import tqdm
+
+    tasks = [(row, width, seed) for row in table for width in widths for seed in range(seeds)]
+    tasks.sort(key=lambda task: -task[1])
+    progress = dict(desc="measuring", mininterval=1, total=len(tasks))
+    if jobs == 1:
+        measured = {task: measure(*task) for task in tqdm(tasks, **progress)}
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+            futures = [pool.submit(measure, *task) for task in tasks]
+            measured = {task: f.result() for task, f in tqdm(zip(tasks, futures), **progress)}
+    return {
+        row: {q: np.array([[measured[row, w, s][q] for s in range(seeds)] for w in widths]) for q in QUANTITIES}
+        for row in table
+    }
+
+
+def compare(row: Row, widths: list[int], values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Predicted and measured exponents of one row, as the result file has them. None: nothing is perturbed."""
+
+    def plain(numbers: Any, form: Callable[[float], float]) -> list:
+        return [form(x) if np.isfinite(x) else None for x in numbers]
+
+    e, prediction = row.exponents(row.perturbed), row.prediction()._asdict()
+    exponents = {"b": e.b, "c": e.c, "dl": e.dl, "d": e.d, "variant": e.variant, "perturbed": row.perturbed}
+    result: dict[str, Any] = {"table": row.table, "name": row.name, "exponents": exponents}
+    result |= {"predicted": {}, "measured": {}, "values": {}}
+    deviation = 0.0
+    for quantity in QUANTITIES:
+        slope = slopes(widths, values[quantity])
+        if compared(row.perturb, quantity):
+            deviation = max(deviation, np.nanmax(np.abs(slope - np.array(prediction[quantity], dtype=float))))
+        geometric = np.exp(np.log(values[quantity]).mean(1)).T
+        result["predicted"][quantity] = plain(prediction[quantity], float)
+        result["measured"][quantity] = plain(slope, lambda x: round(x, 4))
+        result["values"][quantity] = [plain(role, lambda x: float(f"{x:.5g}")) for role in geometric]
+    return result | {"deviation": round(deviation, 4)}
+
+
+def compared(perturb: str, quantity: str) -> bool:
+    """A LayerNorm makes the gradient of the matrix below it depend on that matrix's scale."""
+    return not (perturb == "norm" and quantity == "gradient")
+
+
+def line(result: dict[str, Any], row: Row, tolerance: float) -> str:
+    """One row of the printed table."""
+    cells = ""
+    for quantity in QUANTITIES:
+        for predicted, measured in zip(result["predicted"][quantity], result["measured"][quantity]):
+            shown = measured is not None and compared(row.perturb, quantity)
+            cells += f"{predicted:+6.2f}/{measured:+6.2f}" if shown else f"{'-':>13}"
+    deviation = result["deviation"]
+    return f"{row.table:4} {row.name:40}{cells}   {deviation:.3f}{' <--' if deviation > tolerance else ''}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes; 1: this one only")
     parser.add_argument("--tolerance", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    from tqdm import tqdm
-
     table = rows()
-    tasks = [(row, width, seed) for row in table for width in args.widths for seed in range(args.seeds)]
-    tasks.sort(key=lambda task: -task[1])
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(measure, *task) for task in tasks]
-        measured = {task: f.result() for task, f in tqdm(list(zip(tasks, futures)), desc="measuring", mininterval=1)}
-
-    results, worst = [], 0.0
+    measured = measure_all(table, args.widths, args.seeds, args.jobs)
     print(f"{'':4} {'':40}" + "".join(f"{q:^39}" for q in QUANTITIES) + " largest")
     heading = "".join(f"{role:>13}" for role in ROLES) * 3
     print(f"{'':4} {'predicted / measured exponent':40}{heading} deviation")
+    results = []
     for row in table:
-        prediction = row.prediction()._asdict()
-        result = {"table": row.table, "name": row.name, "exponents": row.exponents()._asdict(), "predicted": {}}
-        result |= {"measured": {}, "values": {}}
-        line, deviation = "", 0.0
-        for quantity in QUANTITIES:
-            values = np.array([[measured[row, w, s][quantity] for s in range(args.seeds)] for w in args.widths])
-            slope = slopes(args.widths, values)
-            for i in range(3):
-                if np.isnan(slope[i]) or (row.perturb == "norm" and quantity == "gradient"):
-                    line += f"{'-':>13}"  # LayerNorm makes the gradient of the matrix below it depend on its scale
-                    continue
-                line += f"{prediction[quantity][i]:+6.2f}/{slope[i]:+6.2f}"
-                deviation = max(deviation, abs(prediction[quantity][i] - slope[i]))
-            result["predicted"][quantity] = [x if np.isfinite(x) else None for x in prediction[quantity]]
-            result["measured"][quantity] = [round(x, 4) if np.isfinite(x) else None for x in slope]
-            geometric = np.exp(np.log(values).mean(1)).T.tolist()
-            result["values"][quantity] = [
-                [float(f"{x:.5g}") if np.isfinite(x) else None for x in role] for role in geometric
-            ]
-        worst = max(worst, deviation)
-        result["deviation"] = round(deviation, 4)
-        results.append(result)
-        print(f"{row.table:4} {row.name:40}{line}   {deviation:.3f}{' <--' if deviation > args.tolerance else ''}")
+        results.append(compare(row, args.widths, measured[row]))
+        print(line(results[-1], row, args.tolerance))
+    worst = max(result["deviation"] for result in results)
     args.out.mkdir(parents=True, exist_ok=True)
     summary = {"widths": args.widths, "seeds": args.seeds, "worst": worst, "rows": results}
     (args.out / "exponents.json").write_text(json.dumps(summary) + "\n")
@@ -221,22 +265,19 @@ def main() -> int:
 
 
 def plot(widths: list[int], results: list[dict], path: Path) -> None:
-    """Top: what each perturbation scaling of Table D.2 does to each layer; bottom: Table 1's muP² and D.1's updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Top: what each perturbation scaling of Table D.2 does to each layer. Bottom: Table 1's muP², D.1's updates."""
+    plt = pyplot()
     by_name = {(r["table"], r["name"]): r for r in results}
-    top = [(("D.2", p), "effect", f"perturbation: {p}") for p in mup2_ref.PERTURBATIONS]
-    bottom = [(("1", f"{v}, muP²"), "effect", f"{v}, muP²") for v in ("elementwise ASAM", "layerwise ASAM")]
-    bottom += [(("D.1", p), "update", f"update: {p}") for p in ("sp-stable", "ntp", "mup")]
+    panels = [(("D.2", p), "effect", f"perturbation: {p}") for p in PERTURBATIONS]
+    panels += [(("1", f"{v}, muP²"), "effect", f"{v}, muP²") for v in ("elementwise ASAM", "layerwise ASAM")]
+    panels += [(("D.1", p), "update", f"update: {p}") for p in ("sp-stable", "ntp", "mup")]
     figure, axes = plt.subplots(2, 5, figsize=(17, 7), sharex=True, layout="constrained")
-    for axis, (key, quantity, title) in zip(axes.flat, top + bottom):
-        for i, (role, color) in enumerate(zip(ROLES, ("tab:blue", "tab:orange", "tab:green"))):
-            y = np.array(by_name[key]["values"][quantity][i], dtype=float)
-            label = f"{role} {by_name[key]['measured'][quantity][i]:+.2f} ({by_name[key]['predicted'][quantity][i]:+g})"
-            axis.loglog(widths, y / y[0], "o-", color=color, label=label)
+    for axis, (key, quantity, title) in zip(axes.flat, panels):
+        values, measured, predicted = (by_name[key][part][quantity] for part in ("values", "measured", "predicted"))
+        for i, role in enumerate(ROLES):
+            y, (color, marker) = np.array(values[i], dtype=float), STYLES[role]
+            label = f"{role} {measured[i]:+.2f} ({predicted[i]:+g})"
+            axis.loglog(widths, y / y[0], color=color, marker=marker, label=label)
         axis.set_title(title)
         axis.set_ylim(3e-3, 30)
         axis.set_xticks(widths, [str(w) for w in widths])

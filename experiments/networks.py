@@ -1,6 +1,6 @@
 """ResNet-18 and ViT as the paper trains them, at any width. Nothing in them knows of muP but the attention's scale.
 
-Their muP² groups come from mup2_ref.param_groups and a second model at the base width. `readout` is the class of the
+Their muP² groups come from mup2_fused.param_groups and a second model at the base width. `readout` is the class of the
 last layer: nn.Linear, or mup.MuReadout for the `mup` package.
 """
 

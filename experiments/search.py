@@ -1,11 +1,11 @@
 """Joint search of learning rate and radius for a small model with Optuna; muP² then takes both to a wide one.
 
-    python experiments/search.py --preset resnet18-digits --trials 20 --study digits --out runs/search --jobs 2
+    python -m experiments.search --preset resnet18-digits --trials 20 --study digits --out runs/search --jobs 2
 
-All other flags are vision.py's; every trial is one of its runs, and counts with its best test accuracy (chance, if it
-diverged). The study is a file in OUT that any number of processes may share: --jobs of one command, or the command
-started several times. A trial that Ctrl-C ended is the first of the next start, and goes on from its checkpoint; with
---trials finished ones, the command only prints the best.
+All other flags are those of experiments.vision. Every trial is one of its runs, and counts with its best test accuracy
+(chance, if it diverged). The study is a file in OUT that any number of processes may share: --jobs of one command, or
+the command started several times. A trial that Ctrl-C ended is the first of the next start, and goes on from its
+checkpoint; with --trials finished ones, the command only prints the best.
 """
 
 import argparse
@@ -17,9 +17,13 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-import data as datasets
-import vision
+from experiments import data
+from experiments.cifar import DataError
+from experiments.presets import parse_args as parse_run
+from experiments.presets import run_folder, settings
+from experiments.run_files import locked
+from experiments.training import SettingsError, at_least
+from experiments.vision_run import finished, stream, train
 
 try:
     import optuna
@@ -36,12 +40,12 @@ def open_study(args: argparse.Namespace) -> "optuna.Study":
     journal = optuna.storages.journal.JournalFileBackend(str(args.out / f"{args.study}.journal"))
     storage = optuna.storages.JournalStorage(journal)
     study = optuna.create_study(storage=storage, study_name=args.study, direction="maximize", load_if_exists=True)
-    wanted = {k: v for k, v in vision.settings(vision.parse_args(args.flags)).items() if k not in ("lr", "rho")}
+    wanted = {k: v for k, v in settings(parse_run(args.flags)).items() if k not in ("lr", "rho")}
     wanted |= {"lr_range": list(args.lr_range), "rho_range": list(args.rho_range)}
     found = study.user_attrs.get("settings", wanted)
     if found != wanted:
         names = ", ".join(sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k)))
-        raise vision.SettingsError(f"study {args.study!r} searches with other settings ({names}): choose another name")
+        raise SettingsError(f"study {args.study!r} searches with other settings ({names}): choose another name")
     study.set_user_attr("settings", wanted)
     return study
 
@@ -53,22 +57,22 @@ def trials(study: "optuna.Study", state: str) -> list["optuna.trial.FrozenTrial"
 def work(args: argparse.Namespace, worker: int = 0) -> None:
     """Trials one after another, until the study has enough."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
-    study, settings = open_study(args), vision.parse_args(args.flags)
-    data = datasets.images(settings.data, settings.root)
-    seed = vision.stream(settings.seed, worker, len(study.trials))
+    study, shared = open_study(args), parse_run(args.flags)
+    images = data.images(shared.data, shared.root)
+    seed = stream(shared.seed, worker, len(study.trials))
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
     def objective(trial: "optuna.Trial") -> float:
         flags = ["--lr", repr(trial.suggest_float("lr", *args.lr_range, log=True))]
-        if settings.variant != "none":
+        if shared.variant != "none":
             flags += ["--rho", repr(trial.suggest_float("rho", *args.rho_range, log=True))]
-        run = vision.parse_args([*args.flags, *flags])
+        run = parse_run([*args.flags, *flags])
         try:
-            with vision.locked(vision.run_folder(run) / "lock"):
-                result = vision.finished(run) or vision.train(run, data, quiet=True)
-        except vision.SettingsError as error:  # another process drew the same point
+            with locked(run_folder(run) / "lock"):
+                result = finished(run) or train(run, images, quiet=True)
+        except SettingsError as error:  # another process drew the same point
             raise optuna.TrialPruned from error
-        accuracy = 100 / data.classes if result["diverged"] else result["best_test_accuracy"]
+        accuracy = 100 / images.classes if result["diverged"] else result["best_test_accuracy"]
         found = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
         print(f"trial {trial.number}: {found}: {accuracy:.2f} %{' (diverged)' * result['diverged']}", flush=True)
         return accuracy
@@ -98,20 +102,20 @@ def report(args: argparse.Namespace) -> None:
     study = open_study(args)
     best = study.best_trial
     found = " ".join(f"--{name} {value:.4g}" for name, value in best.params.items())
-    multiplier = WIDER * vision.parse_args(args.flags).width_multiplier
+    multiplier = WIDER * parse_run(args.flags).width_multiplier
     flags = shlex.join([*args.flags[: -len(args.own)], "--width-multiplier", f"{multiplier:g}"])
     print(f"best of {len(trials(study, 'COMPLETE'))} trials: {found}, test accuracy {best.value:.2f} %")
-    print(f"a model {WIDER} times as wide with them: python experiments/vision.py {flags} {found}")
+    print(f"a model {WIDER} times as wide with them: python -m experiments.vision {flags} {found}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--trials", type=vision.at_least(1, int), default=20, help="finished ones in the study")
+    parser.add_argument("--trials", type=at_least(1, int), default=20, help="finished ones in the study")
     parser.add_argument("--study", default="search", help="its name")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the study and of its runs")
-    parser.add_argument("--jobs", type=vision.at_least(1, int), default=1, help="trials at once")
+    parser.add_argument("--jobs", type=at_least(1, int), default=1, help="trials at once")
     for name in ("lr", "rho"):
         add = parser.add_argument
         add(f"--{name}-range", type=float, nargs=2, default=PAPER_RANGE, metavar=("LOW", "HIGH"), help="the paper's")
@@ -129,12 +133,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    settings = vision.parse_args(args.flags)
+    shared = parse_run(args.flags)
     if optuna is None:
         print("error: the search takes Optuna: pip install optuna", file=sys.stderr)
         return 2
     try:
-        datasets.images(settings.data, settings.root)
+        data.images(shared.data, shared.root)
         args.out.mkdir(parents=True, exist_ok=True)
         study = open_study(args)
         if len(trials(study, "COMPLETE")) < args.trials:
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         elif status := work_in_processes(args):
             return status
         report(args)
-    except (datasets.DataError, vision.SettingsError) as error:
+    except (DataError, SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""Table 2 of the paper from finished runs of vision.py: what SAM and its variants gain, in SP and in muP².
+"""Table 2 of the paper from finished runs of experiments.vision: what SAM and its variants gain, in SP and in muP².
 
-python experiments/table2.py OUT_DIR                 the --out of those runs
-python experiments/table2.py OUT_DIR --markdown
+python -m experiments.table2 OUT_DIR                 the --out of those runs
+python -m experiments.table2 OUT_DIR --markdown
 """
 
 import argparse

@@ -1,0 +1,204 @@
+"""Training runs at several widths: how each one is trained, and a file of finished runs to which a sweep adds."""
+
+import functools
+import json
+import math
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import mup2_fused as mup2
+from experiments import data, networks
+from experiments.training import Training, device_name
+
+BATCH = 64
+HEADS = 4  # of the ViT, at every width
+
+
+class Method(NamedTuple):
+    """A row of Tables D.1 and D.2, and the radii that the MLP's grid tries by default."""
+
+    parameterization: str
+    perturbation: str
+    rhos: tuple[float, ...]
+
+
+METHODS = {
+    "SP-naive": Method("sp", "naive", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
+    "muP-naive": Method("mup", "naive", (0.0032, 0.01, 0.0316, 0.1, 0.3162)),
+    "muP-global": Method("mup", "global", (0.0316, 0.1, 0.3162, 1.0, 3.1623)),
+    "muP²": Method("mup", "effective", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
+    "SP-LP": Method("sp", "effective", (0.01, 0.0316, 0.1, 0.1778, 0.3162)),
+}
+ALONE = {"sp": "SP-SGD", "mup": "muP-SGD"}  # the base optimizer alone, which may also be AdamW
+
+
+class Network(NamedTuple):
+    """A network, and how it is trained."""
+
+    title: str
+    base_width: int  # 1: widths enter as in Definition 4
+    base_optimizer: str
+    norm: str
+    schedule: str  # "cosine" to the last epoch, or "constant"
+    score: str  # which epoch's test accuracy counts: "best" or "last"
+    momentum: float = 0.0
+    gain: float = 2**0.5  # of the initial weights; sqrt(2) for ReLU
+    cost_width: int = 250  # the width at which matrix products take as long as everything else
+
+
+NETWORKS = {
+    "mlp": Network("3-layer MLP", 1, "sgd", "joint", "constant", "best"),
+    "mlp-adamw": Network("3-layer MLP", 32, "adam", "decoupled", "constant", "last"),
+    "resnet": Network("ResNet-18", 8, "sgd", "decoupled", "cosine", "last", momentum=0.9, cost_width=10),
+    "vit": Network("ViT with two layers", 16, "adam", "decoupled", "cosine", "last", gain=1.0, cost_width=30),
+}
+
+
+class Run(NamedTuple):
+    """One training run. rho 0 is the base optimizer alone, which the methods of a parameterization share."""
+
+    data: str
+    method: str
+    width: int
+    lr: float
+    rho: float
+    seed: int
+    epochs: int
+    network: str = "mlp"
+
+
+class Place(NamedTuple):
+    """Where and how runs take place. The results differ by rounding only."""
+
+    root: str | None = None  # folder of the data
+    device: str = "cpu"
+    backend: str = "auto"  # of mup2.SAM
+    graph: bool = False  # SAM's whole iterations as one CUDA graph
+    jobs: int = 2  # runs at once
+
+
+# ------------------------------------------------------------------------------------------------- one run
+
+
+@functools.cache
+def data_on(name: str, root: str | None, device: str) -> tuple[data.Split, data.Split]:
+    return tuple(tuple(t.to(device) for t in split) for split in data.load(name, root))
+
+
+def make_network(name: str, width: int, x: Tensor, d_out: int, parameterization: str) -> nn.Module:
+    """For inputs like x. Attention is scaled by 1/d in muP, by 1/sqrt(d) in SP; at the base width they agree."""
+    if name.startswith("mlp"):
+        return mup2.MLP(x[0].numel(), width, d_out)
+    channels, *image = x.shape[1:]
+    if name == "resnet":
+        return networks.ResNet18(width, d_out, channels)
+    head_dim = NETWORKS[name].base_width // HEADS if parameterization == "mup" else None
+    return networks.ViT(width, 2, HEADS, tuple(image), 2, d_out, channels, base_head_dim=head_dim)
+
+
+def build(run: Run, x: Tensor, d_out: int, backend: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model on x's device, and SAM, or its base optimizer alone for rho 0."""
+    alone = {name: parameterization for parameterization, name in ALONE.items()}
+    parameterization = alone.get(run.method) or METHODS[run.method].parameterization
+    perturbation = "naive" if run.method in alone else METHODS[run.method].perturbation
+    network = NETWORKS[run.network]
+    names = dict(base_optimizer=network.base_optimizer, norm=network.norm)
+    scaling = mup2.exponents(parameterization, perturbation, **names)
+    torch.manual_seed(run.seed)
+    widths = (run.width, network.base_width)
+    model, base = (make_network(run.network, width, x, d_out, parameterization) for width in widths)
+    mup2.init_(model, base, scaling, gain=network.gain).to(x.device)
+    groups = mup2.param_groups(model, base, scaling, lr=run.lr, rho=run.rho)
+    kind = torch.optim.AdamW if network.base_optimizer == "adam" else torch.optim.SGD
+    options = dict(momentum=network.momentum) if network.momentum else {}
+    optimizer = kind(groups, **options) if run.rho == 0 else mup2.SAM(groups, kind, backend=backend, **options)
+    return model, optimizer
+
+
+def train(run: Run, place: Place) -> dict[str, Any]:
+    """Train once. Returns the run with its best and its last accuracy in %, the epochs it lasted, where and when.
+
+    The run ends early when the loss is not finite.
+    """
+    (x, y), test = data_on(run.data, place.root, place.device)
+    d_out = int(y.max()) + 1
+    model, optimizer = build(run, x, d_out, place.backend)
+    steps = run.epochs * math.ceil(len(x) / BATCH)
+    cosine = NETWORKS[run.network].schedule == "cosine"
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
+    start = time.perf_counter()
+    example = (x[:BATCH], y[:BATCH]) if place.graph and run.rho else None
+    training = Training(model, optimizer, scheduler=scheduler, example=example)
+    accuracies, shuffle = [], torch.Generator().manual_seed(run.seed)
+    for _ in range(run.epochs):
+        epoch = training.epoch(data.batches((x, y), BATCH, shuffle), [test])
+        if not math.isfinite(epoch.train_loss):
+            break
+        accuracies.append(epoch.test_accuracy)
+    return run._asdict() | {
+        "best": round(max(accuracies, default=100 / d_out), 2),
+        "last": round(accuracies[-1], 2) if accuracies else None,
+        "finished": len(accuracies),
+        "seconds": round(time.perf_counter() - start, 1),
+        "device": device_name(place.device),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- many runs
+
+
+def read_runs(path: Path) -> dict[Run, dict[str, Any]]:
+    """The finished runs of earlier commands. A line that an interruption cut off is dropped from the file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    rows = [json.loads(line) for line in whole.decode().splitlines()]
+    return {Run(**{field: row[field] for field in Run._fields if field in row}): row for row in rows}
+
+
+def sweep(runs: list[Run], path: Path, place: Place, title: str) -> dict[Run, dict[str, Any]]:
+    """Train the runs that the file does not have yet, seed by seed, long ones first. Returns all that it has then."""
+    from tqdm import tqdm
+
+    done = read_runs(path)
+    todo = sorted((run for run in dict.fromkeys(runs) if run not in done), key=lambda run: (run.seed, -cost(run)))
+    if not todo:
+        return done
+    context = multiprocessing.get_context("spawn")
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    with (
+        ProcessPoolExecutor(place.jobs, context, torch.set_num_threads, (1,)) as pool,
+        path.open("a") as file,
+        tqdm(total=sum(map(cost, todo)), desc=title, bar_format=bar_format) as bar,
+    ):
+        futures = {pool.submit(train, run, place): run for run in todo}
+        try:
+            for n, future in enumerate(as_completed(futures), 1):
+                run, row = futures[future], future.result()
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                done[run] = row
+                bar.set_postfix_str(f"run {n} of {len(todo)}", refresh=False)
+                bar.update(cost(run))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print(f"\ninterrupted; the same command goes on from {path}", file=sys.stderr)
+            raise
+    return done
+
+
+def cost(run: Run) -> int:
+    """The expected time of one epoch, in arbitrary units: overhead plus matrix products. SAM takes two passes."""
+    matrix_products = (run.width / NETWORKS[run.network].cost_width) ** 2
+    return round(100 * (1 + matrix_products) * (0.4 if run.rho == 0 else 1))

@@ -1,0 +1,181 @@
+"""Sweeps: that they resume, report and draw; that the committed ones are finished; the demo's picture and sentence."""
+
+import itertools
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from small_runs import ROOT, cifar_files, start, store, sweep_rows, wait_for, without_processes
+
+from experiments import demo, optima, sweep, transfer
+from experiments.sweep import ALONE, METHODS, Run
+from experiments.training import device_name
+
+SMALL = ["--widths", "8", "16", "--lrs", "0.1", "0.2", "--rhos", "0.1", "0.3", "--seeds", "1", "--slice-seeds", "2"]
+RESULTS = ROOT / "experiments" / "results"
+
+
+def keyed(rows):
+    return {tuple(row[k] for k in Run._fields): row["best"] for row in rows}
+
+
+def test_a_sweep_resumes_and_reports(tmp_path, capsys, monkeypatch):
+    without_processes(monkeypatch)
+    command = ["--data", "noisy-digits", *SMALL, "--epochs", "1", "--out", str(tmp_path)]
+    assert transfer.main(command) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "transfer_noisy-digits.jsonl"
+    lines, rows = path.read_text().splitlines(), sweep_rows(path)
+    ran = [tuple(row[k] for k in ("method", "width", "lr", "rho", "seed")) for row in rows]
+    assert len(ran) == len(set(ran))
+    grid = itertools.product(METHODS, (8, 16), (0.1, 0.2), (0.1, 0.3), (0,))
+    assert {*grid, *itertools.product(ALONE.values(), (8, 16), (0.1, 0.2), (0.0,), (0,))} <= set(ran)
+    for method, width in itertools.product(METHODS, (8, 16)):  # the slice: one lr, all seeds, finer steps
+        cut = [lr for lr in (0.1, 0.2) if (method, width, lr, 0.1778, 1) in ran]
+        assert cut and {(method, width, cut[0], rho, s) for rho in (0.1, 0.1778, 0.3) for s in (0, 1)} <= set(ran)
+    assert all(method in printed for method in METHODS) and path.with_suffix(".png").exists()
+    summary = json.loads(path.with_suffix(".json").read_text())
+    assert [(r["method"], r["width"]) for r in summary["rows"]] == [*itertools.product(METHODS, (8, 16))]
+    assert all(r["regret"] == 0 if r["width"] == 8 else r["regret"] >= 0 for r in summary["rows"])
+    assert summary["device"] == [device_name("cpu")] and summary["date"] == sorted({row["date"] for row in rows})
+    # Interrupted in the middle of a line: that run and the missing ones are trained again, no other.
+    path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
+    assert transfer.main(command) == 0
+    capsys.readouterr()
+    again = path.read_text().splitlines()
+    assert again[:-3] == lines[:-3] and keyed(sweep_rows(path)) == keyed(rows), "a run is reproducible"
+    assert transfer.main(command) == 0
+    assert capsys.readouterr().out == printed and path.read_text().splitlines() == again
+
+
+def test_a_terminated_sweep_goes_on(tmp_path, monkeypatch, capsys):
+    """In processes, as users start it: the workers end with it, and its finished runs stay."""
+    command = [*SMALL, "--epochs", "3", "--methods", "muP²", "--out", str(tmp_path)]
+    path = tmp_path / "transfer_mnist1d.jsonl"
+    process = start(["-m", "experiments.transfer", *command], start_new_session=True)
+    wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and f"the same command goes on from {path}" in errors
+    rows = sweep_rows(path)
+    without_processes(monkeypatch)
+    assert transfer.main(command) == 0
+    assert sweep_rows(path)[: len(rows)] == rows and len(sweep_rows(path)) > len(rows)
+
+
+@pytest.mark.parametrize("name", ["mnist1d", "resnet_noisy-digits", "vit_noisy-digits"])
+def test_the_committed_sweeps_are_finished(tmp_path, monkeypatch, name):
+    """Nothing is trained, and the table is the committed one."""
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", None)
+    shutil.copy(RESULTS / f"transfer_{name}.jsonl", tmp_path)
+    network = name.partition("_")[0] if "_" in name else "mlp"
+    assert transfer.main(["--network", network, "--out", str(tmp_path)]) == 0
+    fresh, committed = (json.loads((p / f"transfer_{name}.json").read_text()) for p in (tmp_path, RESULTS))
+    assert fresh["rows"] == committed["rows"]
+    assert (tmp_path / f"transfer_{name}.jsonl").read_bytes() == (RESULTS / f"transfer_{name}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "network, widths", [("resnet", ["8", "16"]), ("vit", ["16", "32"]), ("mlp-adamw", ["32", "64"])]
+)
+def test_sweep_of_networks(tmp_path, capsys, monkeypatch, network, widths):
+    """At the base width plain SAM and muP² are the same runs. Without a slice, the grid is all that is trained."""
+    without_processes(monkeypatch)
+    monkeypatch.setattr(sweep, "data_on", few_digits)
+    command = ["--network", network, "--widths", *widths, "--lrs", "0.02", "--rhos", "0.1", "--epochs", "1"]
+    assert transfer.main([*command, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"| muP² | {widths[1]} |" in printed and printed.count("(1) |") == 4
+    rows = sweep_rows(tmp_path / f"transfer_{network}_noisy-digits.jsonl")
+    assert {row["network"] for row in rows} == {network} and len(rows) == 2 * 4
+    last = {(row["method"], row["width"]): row["last"] for row in rows}
+    narrow, wide = map(int, widths)
+    assert last["muP²", narrow] == last["SP-naive", narrow] != last["muP²", wide] != last["SP-naive", wide]
+    assert last["muP²", wide] != last["muP-SGD", wide]
+
+
+def few_digits(name, root, device):
+    (x, y), test = sweep.data.load(name, root)
+    return (x[:256], y[:256]), test
+
+
+def test_sweep_on_cifar10_and_errors(tmp_path, capsys, monkeypatch):
+    without_processes(monkeypatch)
+    store(tmp_path, "cifar10", "python", cifar_files("cifar10", "python"))
+    command = ["--data", "cifar10", "--out", str(tmp_path), "--epochs", "1", "--methods", "muP²", *SMALL]
+    assert transfer.main([*command, "--root", str(tmp_path)]) == 0
+    assert "| muP² | 16 |" in capsys.readouterr().out
+    assert transfer.main([*command, "--root", str(tmp_path / "nowhere")]) == 2
+    assert "error: no CIFAR-10 in" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert transfer.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
+    for flags, message in (("--graph", "--graph takes --device cuda"), ("--network vit --data mnist1d", "take images")):
+        with pytest.raises(SystemExit) as exit:
+            transfer.main([*flags.split(), "--out", str(tmp_path)])
+        assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_optima_of_known_runs():
+    """Which (lr, rho) is best, what the narrow one's costs, and which radius is the largest stable one."""
+    args = transfer.parse_args(
+        ["--methods", "muP²", "--widths", "8", "16", "--lrs", "0.1", "--rhos", "0.1", "0.3", "1"]
+    )
+    args.slice_seeds = 0
+
+    def row(width, rho, seed):
+        return {
+            "best": {8: {0.0: 60, 0.1: 70, 0.3: 65, 1.0: 20}, 16: {0.0: 62, 0.1: 71, 0.3: 75, 1.0: 58}}[width][rho]
+            + seed
+        }
+
+    runs = {
+        Run("mnist1d", "muP²" if rho else "muP-SGD", width, 0.1, rho, seed, 60): row(width, rho, seed)
+        for width in (8, 16)
+        for rho in (0.0, 0.1, 0.3, 1.0)
+        for seed in (0, 1)
+    }
+    narrow, wide = optima.Optima(runs, args).table()
+    assert (narrow["rho"], wide["rho"], wide["regret"], wide["gain"], wide["sgd"]) == (0.1, 0.3, 4.0, 13.0, 62.5)
+    assert (narrow["largest_stable_rho"], wide["largest_stable_rho"]) == (0.3, 1.0)
+    assert (narrow["rho_edge"], wide["rho_edge"], wide["seeds"]) == (False, True, 2)
+    assert "| muP² | 16 | 0.1 | 0.3 | 75.5 ± 0.7 (2) | 62.5 ± 0.7 | +13.0 | 4.0 | ≥ 1 |" in optima.format_table([wide])
+    said = optima.what_to_look_at([narrow, wide], "SGD")
+    assert "(0.1, 0.1) at width 8 and (0.1, 0.3) at width 16, where the former costs 4.0 points" in said
+
+
+# ------------------------------------------------------------------------------------------------- the demo
+
+
+def test_the_demo(tmp_path, capsys, monkeypatch):
+    without_processes(monkeypatch)
+    monkeypatch.setattr(sweep, "data_on", few_digits)
+    command = ["--widths", "32", "64", "--rhos", "0.1", "0.3", "--seeds", "2", "--out", str(tmp_path)]
+    assert demo.main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("From width 32 to 64,") and printed.count("\n") == 2 and "demo.png" in printed
+    rows = sweep_rows(tmp_path / "demo.jsonl")
+    assert len(rows) == 2 * 2 * 2 * 2 and (tmp_path / "demo.png").exists()
+    monkeypatch.setattr(sweep, "train", None)
+    assert demo.main(command) == 0 and capsys.readouterr().out == printed  # no run is trained again
+
+
+def test_the_demos_sentence():
+    plain = demo.Seen(
+        "plain SAM", {32: {0.1: [93.0, 94.0], 0.3: [90.0, 90.0]}, 512: {0.1: [85.0, 87.0], 0.3: [95.0, 95.0]}}
+    )
+    mup2 = demo.Seen("muP²", {32: {0.1: [93.0, 94.0], 0.3: [90.0, 90.0]}, 512: {0.1: [97.0, 98.0], 0.3: [96.0, 96.0]}})
+    assert demo.sentence(plain, mup2) == (
+        "From width 32 to 512, at width 32's learning rate, the best rho of plain SAM moves by a factor of 3.0 (0.1 to "
+        "0.3), and that of muP² stays at 0.1; at width 512, keeping width 32's best rho costs plain SAM 9.0 points of "
+        "accuracy (it reaches 86.0 %) and muP² 0.0 points (97.5 %)."
+    )
+
+
+def test_the_committed_demo_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", None)
+    shutil.copy(RESULTS / "demo.jsonl", tmp_path)
+    assert demo.main(["--methods", "SP-naive", "muP-naive", "muP²", "--out", str(tmp_path)]) == 0
+    assert "plain SAM moves by a factor of 3.2 (0.18 to 0.56)" in capsys.readouterr().out

@@ -1,0 +1,196 @@
+"""Vision runs in processes of their own: killed at any moment and resumed bit for bit, and on two processes at once."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from small_runs import (
+    TINY_RESNET,
+    checkpoint,
+    cifar_files,
+    cifar_parts,
+    equal,
+    metrics,
+    modified,
+    only_folder,
+    result_of,
+    start,
+    store,
+    wait_for,
+)
+
+import mup2_fused as mup2
+from experiments import data, vision
+from experiments.presets import parse_args
+from experiments.vision_run import build_model
+
+# ------------------------------------------------------------------------------------------------- killed
+
+
+def wait_for_moment(moment, checkpoint, process, rng, epoch_seconds):
+    """Until a random time within the next epochs, or in or just after the writing of the checkpoint after the next."""
+    if moment == "any time":
+        time.sleep(rng.uniform(0, 3 * epoch_seconds))
+        return
+    written, temporary = modified(checkpoint), checkpoint.with_name("checkpoint.pt.tmp")
+    wait_for(lambda: process.poll() is not None or modified(checkpoint) > written, process)
+    end, before = time.monotonic() + 60, modified(temporary)
+    while process.poll() is None and modified(temporary) == before:  # an earlier life may have left this file
+        assert time.monotonic() < end, "no checkpoint"
+    time.sleep(rng.uniform(0, 0.008))
+
+
+class Life:
+    """A process that trains, from its start to a kill or Ctrl-C."""
+
+    def __init__(self, command, errors):
+        self.errors, self.began = errors, time.time_ns()
+        with errors.open("w") as file:  # no pipe: a worker that is left behind would keep it open
+            options = dict(stdout=subprocess.PIPE, stderr=file, start_new_session=True)
+            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+            self.process = start(["-m", "experiments.vision", *command], **options)
+        self.process.stdout.readline()  # its settings: the last checkpoint is loaded, and training starts
+
+    def end(self, ctrl_c):
+        """The exit status: 0 if it was finished before it could be ended."""
+        if self.process.poll() is None and ctrl_c:
+            os.killpg(self.process.pid, signal.SIGINT)  # a terminal sends it to the workers, too
+        elif self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.stdout.close()
+        return self.process.wait(60)
+
+
+@pytest.mark.parametrize(
+    "backend, workers, kills",
+    [
+        ("compiled", 1, 1),
+        pytest.param("compiled", 1, 20, marks=pytest.mark.slow),
+        pytest.param("torch", 0, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, backend, workers, kills):
+    """With augmentation, momentum and batch norm; once, in addition, by Ctrl-C."""
+    store(tmp_path, "cifar10", "binary", cifar_files("cifar10", "binary", cifar_parts("cifar10", 4)))
+    flags = ["--preset", "resnet18-cifar10", *TINY_RESNET, "--epochs", str(8 + 3 * kills), "--batch-size", "5"]
+    flags += ["--workers", str(workers), "--root", str(tmp_path), "--device", "cpu", "--lr", "0.01"]
+    flags += ["--backend", backend, "--out"]
+    start_of_whole = time.monotonic()
+    assert vision.main([*flags, str(tmp_path / "whole")]) == 0
+    epoch_seconds = (time.monotonic() - start_of_whole) / (8 + 3 * kills)
+    whole = only_folder(tmp_path / "whole")
+    assert result_of(tmp_path / "whole")["fused"] == (backend == "compiled")
+
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    moments = (["writing", "any time"] * kills)[:kills]
+    moments.insert(ctrl_c := rng.randrange(kills + 1), "any time")
+    out, history, found, too_fast = tmp_path / "killed", [], [], 0
+    folder, lives = out / whole.name, list(enumerate(moments))
+    while lives:
+        number, moment = lives.pop(0)
+        life = Life([*flags, out], tmp_path / "errors")
+        if number == 0:
+            assert vision.main([*flags, str(out)]) == 2
+            assert "another process is busy with" in capsys.readouterr().err
+        wait_for_moment(moment, folder / "checkpoint.pt", life.process, rng, epoch_seconds)
+        status, printed = life.end(number == ctrl_c), life.errors.read_text()
+        if status == 0:  # faster than the clock that chose the moment: that life is lived again, from the start
+            too_fast += 1
+            assert too_fast <= kills + 1, "training was too fast for this test"
+            shutil.rmtree(out)
+            history, lives = [], [*lives, (number, moment)]
+            continue
+        assert status == (130 if number == ctrl_c else -signal.SIGKILL), (seed, printed)
+        assert number != ctrl_c or "interrupted; the same command goes on" in printed
+        rows = metrics(folder, ()) if (folder / "metrics.csv").exists() else []
+        assert rows[: len(history)] == history, f"it started again (seed {seed})"
+        found.append((len(rows), "writing" if modified(folder / "checkpoint.pt.tmp") > life.began else "between"))
+        history = rows
+    assert len(found) == kills + 1
+    print(f"{backend}, seed {seed}, ended after so many epochs: {found}")
+
+    assert vision.main([*flags, str(out)]) == 0
+    assert metrics(folder, ())[: len(history)] == history and metrics(folder) == metrics(whole), seed
+    a, b = checkpoint(whole), checkpoint(folder)
+    assert a["optimizer"]["state"][0]["momentum_buffer"].any() and equal(a, b), seed
+
+
+# ------------------------------------------------------------------------------------------------- two at once
+
+# One command per argument, on each process: keeps the checkpoint before, and its weights in, every evaluation. The
+# command "again" goes back to the checkpoint of the first epoch.
+SPY = """
+import os, shlex, shutil, sys
+from pathlib import Path
+import torch
+import mup2_fused as mup2
+from experiments import vision
+evaluate, rank = mup2.evaluate, os.environ["RANK"]
+def spy(model, batches, autocast):
+    torch.save(model.state_dict(), out / f"rank{rank}.pt")
+    for path in out.glob("*/checkpoint.pt"):
+        shutil.copy(path, out / f"before{rank}.pt")
+    return evaluate(model, batches, autocast)
+mup2.evaluate = spy
+leave = torch.distributed.destroy_process_group
+torch.distributed.destroy_process_group = lambda: None  # one group for all commands saves the time of another start
+first = sys.argv[1]
+for command in sys.argv[1:]:
+    if command == "again":
+        command = first
+        torch.distributed.barrier()
+        if rank == "0":
+            (path,) = Path(shlex.split(command)[-1]).glob("*/checkpoint.pt")
+            shutil.copy(path, path.with_name("whole.pt"))
+            os.replace(path.parents[1] / "before0.pt", path)
+            path.with_name("result.json").unlink()
+        torch.distributed.barrier()
+    out = Path(shlex.split(command)[-1])
+    out.mkdir(exist_ok=True)
+    assert (status := vision.main(shlex.split(command))) == 0, status
+    vision.start_processes = lambda args: None
+leave()
+assert not any("gloo" in thread.read_text() for thread in Path("/proc/self/task").glob("*/comm"))  # they abort at exit
+"""
+
+
+def test_two_processes(tmp_path):
+    resnet = f"--preset resnet18-digits {' '.join(TINY_RESNET)} --epochs 2 --batch-size 128 --device cpu"
+    resnet += f" --out {tmp_path / 'resnet'}"
+    vit = "--preset vit-mnist1d --depth 1 --epochs 1 --warmup-epochs 0 --batch-size 500 --lr 0.01 --device cpu --out "
+    (tmp_path / "spy.py").write_text(SPY)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "spy.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    process = start([*run, resnet, vit + str(tmp_path / "vit"), "again"], stdout=subprocess.PIPE, env=environment)
+    try:
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.terminate()  # which ends both, if they hang
+    assert process.returncode == 0, errors
+    assert printed.count("best test accuracy") == 3  # rank 0 alone prints
+    assert [printed.count(f"epoch {n}:") for n in (1, 2)] == [2, 2]  # the third run goes on after the first epoch
+    folder = only_folder(tmp_path / "resnet")
+    assert json.loads((folder / "config.json").read_text())["processes"] == 2
+    weights = [torch.load(tmp_path / "resnet" / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    whole = torch.load(folder / "whole.pt", weights_only=True)
+    assert equal(checkpoint(folder), whole)
+    assert equal(weights[0], weights[1]) and equal(weights[0], whole["model"])
+    # What was written is the evaluation of these weights on the whole test set, 359 images.
+    images = data.images("digits")
+    model, _ = build_model(parse_args(resnet.split()), images.shape, images.classes)
+    model.load_state_dict(weights[0])
+    loss, correct, samples = mup2.evaluate(model, [images.test.tensors]).tolist()
+    row = metrics(folder)[-1]
+    assert samples == 359 and row["test_accuracy"] == 100 * correct / samples
+    assert row["test_loss"] == pytest.approx(loss / samples, rel=1e-5)
+    # Without batch norm two processes do what one does: SAM of the whole batch, every sample once.
+    assert vision.main([*vit.split(), str(tmp_path / "one")]) == 0
+    for key, value in metrics(only_folder(tmp_path / "one"))[0].items():
+        assert metrics(only_folder(tmp_path / "vit"))[0][key] == pytest.approx(value, rel=1e-3), key
