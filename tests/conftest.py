@@ -1,32 +1,45 @@
-import sys
-from pathlib import Path
+"""Fixtures for all tests: the product's two backends, the devices of this machine, and a fixed seed."""
+
+from functools import partial
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "benchmarks")]
-torch.set_num_threads(1)  # small tensors; steadier times when tests share the machine
+torch.set_num_threads(1)  # small tensors; times are steadier when tests share the machine
 
-import mup2_fused
-import mup2_ref
+
+def _has_cuda_kernels() -> bool:
+    import mup2_fused
+
+    return torch.cuda.is_available() and mup2_fused.built_with_cuda
 
 
 def pytest_collection_modifyitems(items):
-    if not (torch.cuda.is_available() and mup2_fused.built_with_cuda):
+    if any(item.get_closest_marker("cuda") for item in items) and not _has_cuda_kernels():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU and mup2_fused built with CUDA")
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)
 
 
-IMPLEMENTATIONS = {"mup2_ref": mup2_ref.SAM, "mup2_fused": mup2_fused.SAM}
+@pytest.fixture(params=["torch", "compiled"])
+def backend(request):
+    """The product's backends: what holds for one holds for the other."""
+    return request.param
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def SAM(request):
-    """Every implementation of the optimizer: what holds for the reference holds for the others."""
-    return IMPLEMENTATIONS[request.param]
+@pytest.fixture
+def SAM(backend):
+    """The product's optimizer, with each backend in turn."""
+    import mup2_fused
+
+    return partial(mup2_fused.SAM, backend=backend)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Every device that this machine has."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,265 @@
+"""The Python code of README.md and docs/*.md runs, page by page, and does what the text beside it says."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import mup2_fused as mup2
+from docs.build import ROOT
+
+DATA = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(2)]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def block(page, word):
+    """The one block of the page with this word in it."""
+    (found,) = (code for code in blocks(page) if word in code)
+    return found
+
+
+def usage(width=64):
+    """What the README's first block leaves behind, with a model of this width instead of 1024."""
+    names = {"Model": lambda width: mup2.MLP(5, width, 3), "loader": DATA, "loss_function": nn.functional.cross_entropy}
+    code = blocks("README.md")[0]
+    assert "width=1024" in code
+    exec(code.replace("width=1024", f"width={width}").replace("width=128", "width=16"), names)
+    return names
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_changed(model, before):
+    assert not any(map(torch.equal, weights(model), before))
+
+
+def test_usage():
+    names = usage()
+    opt = names["opt"]
+    assert isinstance(opt, mup2.SAM) and isinstance(opt.base_optimizer, torch.optim.SGD)
+    assert [g["rho"] for g in names["groups"]] == pytest.approx([0.4, 0.1, 0.025])
+    assert all("momentum_buffer" in state for state in opt.state.values()) and len(opt.state) == 3
+
+
+# ------------------------------------------------------------------------------------------ docs/training.md
+
+SINGLE = ("process_group=", "fully_shard(", "autocast(", "capture(", "sam_step")  # these have tests of their own
+
+
+def test_training_page():
+    """All simple blocks after one another, as a reader would."""
+    names = usage()
+    names["micro_batches"] = [(x[:4], y[:4]) for x, y in DATA]
+    x, y = DATA[0]
+    run = [code for code in blocks("docs/training.md") if not any(word in code for word in SINGLE)]
+    assert len(run) == 7
+    for code in run:
+        names |= {"x": x, "y": y}
+        before = weights(names["model"])
+        exec(code, names)
+        if re.search(r"^\s*opt\.(step|second_step)\(", code, re.MULTILINE):
+            assert_changed(names["model"], before)
+    assert all(g["rho"] == 0.1 and g["lr"] == 0.1 for g in names["tuned"].param_groups)
+    assert isinstance(names["adam"].base_optimizer, torch.optim.AdamW) and names["sharpness"] > 0
+    assert len(mup2.report(names["groups"]).splitlines()) == 4
+
+
+def test_table_of_scalings():
+    """Every call of exponents() that docs/training.md names gives other factors, but for muP²'s own numbers."""
+    calls = re.findall(r"`(exponents\(.*?\))`", (ROOT / "docs" / "training.md").read_text())
+    model, base = mup2.MLP(5, 64, 3), mup2.MLP(5, 16, 3)
+    found = {call: eval(call, {"exponents": mup2.exponents}) for call in calls}
+    groups = {call: mup2.param_groups(model, base, e, lr=1.0, rho=1.0) for call, e in found.items()}
+    kinds = {
+        str([[g[k] for k in ("lr", "rho", "gradnorm_scaling", "variant")] for g in made]) for made in groups.values()
+    }
+    assert len(found) == 8 and len(kinds) == 7, "Definition 4's norm is muP²'s own exponents"
+    assert found['exponents("mup", (-0.5, (-0.5, 0.5, 1.5)))'].dl == mup2.exponents().dl
+
+
+def test_sam_step_in_three_lines_is_sam():
+    """The formula in docs/training.md against the optimizer."""
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    p = nn.Parameter(w.clone())
+    opt = mup2.SAM([p], torch.optim.SGD, lr=0.1, rho=0.3)
+    for half in (opt.first_step, opt.second_step):
+        p.grad = 4 * p.detach() ** 3
+        half()
+    names = {"gradient": lambda w: 4 * w**3, "norm": torch.linalg.vector_norm}
+    exec(block("docs/training.md", "def sam_step"), names)
+    torch.testing.assert_close(p.detach(), names["sam_step"](w, 0.1, 0.3))
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
+def test_mixed_precision(scale):
+    names = usage() | {"device": "cpu", "x": DATA[0][0], "y": DATA[0][1]}
+    before = weights(names["model"])
+    start, _, step = block("docs/training.md", "autocast(").partition("\n\n\n")
+    exec(start, names)
+    names["scaler"] = torch.amp.GradScaler("cpu", init_scale=scale)
+    exec(step, names)
+    overflows = scale > 2.0**20
+    assert names["opt"].skipped_steps == overflows
+    assert all(map(torch.equal, weights(names["model"]), before)) == overflows
+
+
+ROUNDING = re.findall(
+    r"^\| (float\w+|bfloat16) \| (\w+) \| ([\d.]+) \| ([\d.]+) \|$",
+    (ROOT / "docs" / "training.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("kind, autocast, norm, cosine", ROUNDING)
+def test_what_rounding_leaves_of_a_perturbation(kind, autocast, norm, cosine):
+    """A part of the 11 million weights suffices: e has the same size for each weight."""
+    n, share = 1_100_000, 10
+    w = nn.Parameter((0.02 * torch.randn(n)).to(getattr(torch, kind)))
+    w.grad = torch.randn_like(w)
+    total, _ = mup2.seen_perturbation(mup2.SAM([w], lr=0.1, rho=0.05 / share**0.5), getattr(torch, autocast, None))
+    assert (total.norm, total.cosine) == pytest.approx((float(norm), float(cosine)), abs=0.012)
+
+
+def test_the_table_of_rounding_has_all_cases():
+    assert len(ROUNDING) == 5
+
+
+def test_one_process_of_several():
+    """m-sharpness, FSDP2 and a checkpoint, in a group of one process."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names = usage() | {"micro_batches": DATA}
+        before = weights(names["model"])
+        exec(block("docs/training.md", "process_group="), names)
+        assert_changed(names["model"], before)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_captured_step(monkeypatch):
+    """On a CPU the step itself stands in for the graph."""
+    device = "cuda" if torch.cuda.is_available() and mup2.built_with_cuda else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(mup2, "capture", lambda step, model, opt, *inputs: step)
+    names = usage() | {"device": device}
+    names["model"].to(device)
+    names["opt"].state.clear()
+    before = weights(names["model"])
+    exec(block("docs/training.md", "capture("), names)
+    assert_changed(names["model"], before)
+
+
+# ------------------------------------------------------------------------------------------ the other pages
+
+
+def test_compiled_step(monkeypatch):
+    """docs/kernels.md: no graph break, and the steps of SAM. The inductor would take half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names, expected = usage(), usage()
+    expected["model"].load_state_dict(names["model"].state_dict())
+    opt = mup2.SAM(mup2.param_groups(expected["model"], expected["base"], lr=0.1, rho=0.1), momentum=0.9)
+    exec(block("docs/kernels.md", "fullgraph=True"), names)
+    for x, y in DATA:
+
+        def closure(x=x, y=y):
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(expected["model"](x), y)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    for p, q in zip(names["model"].parameters(), expected["model"].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+class Tied(nn.Module):
+    """An embedding that is the readout as well."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, width), nn.Linear(width, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, of a class that is not torch's."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n, m)), nn.Parameter(torch.zeros(m))
+
+
+def gpt2(width):
+    block = nn.ModuleDict({"c_attn": Conv1D(width, 3 * width), "c_proj": Conv1D(width, width)})
+    return nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList([block])}), "head": nn.Linear(width, 7)})
+
+
+def test_networks_page():
+    words, conv1d = blocks("docs/networks.md")
+    names = {"mup2": mup2, "tied": Tied(64), "tied_base": Tied(16)}
+    exec(words, names)
+    assert [(g["role"], g["rho"]) for g in names["groups"]] == [("output", pytest.approx(0.025))]
+    names |= {"gpt2": gpt2(64), "gpt2_base": gpt2(16)}
+    exec(conv1d, names)
+    roles = {name: g["role"] for g in names["groups"] for name in g["names"]}
+    assert roles["transformer.h.0.c_attn.weight"] == "hidden" and roles["head.weight"] == "output"
+
+
+def test_mup_package_page():
+    mup = pytest.importorskip("mup", reason="pip install mup")
+
+    class MuModel(mup2.MLP):
+        def __init__(self, width):
+            super().__init__(5, width // 8, 3)
+            self.layers[-1] = mup.MuReadout(width // 8, 3)
+
+    names = {"MuModel": MuModel, "mup2": mup2, "torch": torch}
+    for code in blocks("docs/mup-package.md"):
+        exec(code, names)
+        model, opt = names["model"], names["opt"]
+        before = weights(model)
+        for number in (1, 2):
+            model(DATA[0][0]).square().sum().backward()
+            opt.first_step(zero_grad=True) if number == 1 else opt.second_step()
+        assert_changed(model, before)
+        assert {g["lr"] for g in opt.param_groups if g["params"]} == {0.1, 0.8}
+
+
+def numbers_and_words(text):
+    """The signed numbers with two digits, and the text without them and without repeated spaces."""
+    pattern = r"[+-]\d\.\d\d"
+    return [float(x) for x in re.findall(pattern, text)], re.sub(r"\s+", " ", re.sub(pattern, "", text)).strip()
+
+
+def test_check_page():
+    """Its example is judged as the page shows; numbers may differ a little from machine to machine."""
+    names = {"mup2": mup2}
+    for code in blocks("docs/check.md"):
+        exec(code, names)
+    assert names["report"].passed
+    (shown,) = re.findall(r"```\n(powers of the width.*?)```", (ROOT / "docs/check.md").read_text(), re.DOTALL)
+    report = names["check"](names["make_model"], [64, 128, 256, 512], groups=names["my_groups"])
+    (expected, words), (found, said) = map(numbers_and_words, (shown, str(report)))
+    assert said == words and found == pytest.approx(expected, abs=0.1) and len(found) == 26
+
+
+def test_every_page_with_code_is_run():
+    """A page that gets its first block, or another one, must get a test."""
+    pages = {str(p.relative_to(ROOT)): len(blocks(p)) for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    assert {page: n for page, n in pages.items() if n} == {
+        "README.md": 1,
+        "docs/training.md": 12,
+        "docs/frameworks.md": 5,
+        "docs/networks.md": 2,
+        "docs/mup-package.md": 2,
+        "docs/kernels.md": 1,
+        "docs/check.md": 2,
+    }

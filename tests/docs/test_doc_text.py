@@ -1,0 +1,206 @@
+"""README.md and docs/*.md: what they name exists, and their numbers are those of the committed result files."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+
+import pytest
+
+from docs import build
+from docs.build import PAGES, RESULTS, ROOT
+
+TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_tables_are_the_committed_ones(page):
+    """If this fails: make docs."""
+    assert build.fill(TEXT[page]) == TEXT[page]
+
+
+def test_every_table_is_shown_and_a_changed_one_is_noticed():
+    shown = {name for text in TEXT.values() for _, name, _ in build.BLOCK.findall(text)}
+    assert shown == set(build.TABLES)
+    assert all(text.count("<!-- table:") == text.count("<!-- end -->") for text in TEXT.values())
+    page = TEXT["docs/results.md"]
+    changed = build.BLOCK.sub(r"\1| 99.9 |\n\3", page)
+    assert changed != page and build.fill(changed) == page
+    with pytest.raises(ValueError, match="there is no table 'accuracies'; a page may have"):
+        build.fill("<!-- table: accuracies -->\n<!-- end -->")
+
+
+def test_the_command_finds_and_rewrites_a_stale_page(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: exponents -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(build, "PAGES", [page])
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    assert build.main(["--check"]) == 1 and "page.md is not up to date: run make docs" in capsys.readouterr().err
+    assert build.main([]) == 0 and "0.04" in page.read_text() and "old" not in page.read_text()
+    assert build.main(["--check"]) == 0
+
+
+# ------------------------------------------------------------------------------------------ links
+
+
+def slug(heading):
+    """GitHub's name of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def headings(text):
+    code = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", code, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?\)", TEXT[page])
+    assert links or "docs/" in page
+    for path, heading in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if heading:
+            assert heading in headings(target.read_text()), f"{path}#{heading}"
+
+
+def test_every_page_can_be_reached():
+    assert [page for page in TEXT if f"]({page}" not in TEXT["README.md"]] == ["README.md"]
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+def commands():
+    """(page, module, arguments) of every `python -m module arguments`, and of torchrun -m."""
+    found = []
+    for page, text in TEXT.items():
+        for line in re.findall(
+            r"(?:python|--nproc_per_node \d) -m ((?:experiments|benchmarks|mup2_fused|docs)\.[^`\n]*)", text
+        ):
+            module, *arguments = shlex.split(line, comments=True)
+            found.append((page, module, arguments))
+    return found
+
+
+MODULES = sorted({module for _, module, _ in commands()})
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """What `python -m module --help` prints, as a function of the module's name."""
+
+    def text(module):
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(module.replace("mup2_fused.check", "mup2_fused.check.__main__")).main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    return text
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_commands_exist_with_their_flags(module, help_of):
+    text = help_of(module)
+    if module == "experiments.search":  # it passes the other flags on
+        text += help_of("experiments.vision")
+    parse = getattr(sys.modules[module], "parse_args", None)
+    for page, _, arguments in (command for command in commands() if command[1] == module):
+        for flag in (argument for argument in arguments if argument.startswith("--")):
+            assert re.search(rf"{flag}\b", text), f"{page}: {module} has no {flag}"
+        if parse:
+            parse(arguments)  # raises SystemExit where a value is not among the choices
+
+
+def test_flags_that_the_text_mentions_exist(help_of):
+    known = {flag for module in MODULES for flag in re.findall(r"--[a-z][a-z-]*", help_of(module))}
+    named = {flag for text in TEXT.values() for flag in re.findall(r"`(--[a-z][a-z-]*)", text)}
+    assert {"--parameterization", "--roles", "--depth"} <= named <= known
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    found = [re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE) for text in TEXT.values()]
+    targets = {target for targets in found for target in targets}
+    assert {"demo", "test", "docs", "bench", "cuda", "gpu", "gpu-training"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_python_scripts_exist():
+    for text in TEXT.values():
+        for path in re.findall(r"python ([\w/]+\.py)", text):
+            assert (ROOT / path).exists(), path
+
+
+# ------------------------------------------------------------------------------------------ size and numbers
+
+
+def test_readme_is_short():
+    readme = TEXT["README.md"]
+    assert len(readme.splitlines()) <= 180
+    results = readme.partition("## Key results\n")[2].partition("\n## ")[0]
+    assert 0 < len(re.findall(r"^\|(?! ---)", results, re.MULTILINE)) <= 25 + 2  # and two headers
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    assert len([line for line in code.splitlines() if line]) <= 14
+    assert "wrong without an error" in readme
+
+
+def rows(name, method):
+    """The method's rows of a transfer result, narrowest first."""
+    return [r for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"] if r["method"] == method]
+
+
+RESULTS_TEXT = " ".join(TEXT["docs/results.md"].split())  # repeats numbers of its tables: they are computed again here
+METHODS = ("SP-naive", "muP-naive", "muP-global", "muP²", "SP-LP")
+
+
+def assert_said(sentence, *numbers):
+    assert sentence.format(*numbers) in RESULTS_TEXT
+
+
+def test_sentences_about_the_mlp():
+    mlp = {m: rows("transfer_mnist1d", m) for m in METHODS}
+    assert {(r["lr"], round(r["rho"], 3), r["regret"]) for r in mlp["muP²"]} == {(0.4, 0.316, 0.0)}
+    lost = {m: sorted(r["regret"] for r in found[1:]) for m, found in mlp.items()}
+    assert_said("loses {:.1f} to {:.1f} points there", *lost["muP-naive"])
+    assert_said("{:.1f} to {:.1f} with the radius scaled", *lost["muP-global"])
+    assert_said("Plain SAM loses {:.1f} to {:.1f}, SP-LP {:.1f} to {:.1f}", *lost["SP-naive"], *lost["SP-LP"])
+    assert [max(mlp, key=lambda m: mlp[m][i]["accuracy"]) for i in range(3)] == ["muP²"] * 3
+    plain, glob, ours = (mlp[m][-1] for m in ("SP-naive", "muP-global", "muP²"))
+    numbers = ours["accuracy"], plain["accuracy"], ours["sgd"], glob["accuracy"]
+    assert_said("{:.1f} % at width 512, against {:.1f} for plain SAM, {:.1f} for SGD in muP and {:.1f}", *numbers)
+    gains = [r["gain"] for m in ("muP²", "muP-global") for r in mlp[m]]
+    assert_said("gains {:.1f}, {:.1f} and {:.1f} points over its own SGD, muP-global {:.1f}, {:.1f} and {:.1f}", *gains)
+    assert {f"{r['gain']:.1f}" for r in mlp["SP-naive"][1:]} == {"4.5"} and 2.5 < ours["sgd"] - plain["sgd"] < 3.5
+    assert_said("falls from {:.3g} to {:.3g} between", *(r["largest_stable_rho"] for r in mlp["muP-naive"][1:]))
+    assert {r["largest_stable_rho"] for r in mlp["muP²"]} == {0.5623}
+
+
+def test_sentences_about_the_edge_of_the_grid():
+    runs = [json.loads(line) for line in (RESULTS / "transfer_mnist1d.jsonl").read_text().splitlines()]
+    assert_said("at lr 1.6 no run reaches more than {} %", max(r["best"] for r in runs if r["lr"] == 1.6))
+    edge = [r["best"] for r in runs if (r["method"], r["width"], r["lr"], r["rho"]) == ("muP²", 512, 0.8, 0.3162)]
+    assert len(edge) == 6
+    assert_said("with six seeds that gives {:.2f} %", sum(edge) / 6)
+
+
+def test_sentences_about_resnet_and_vit():
+    resnet, vit = ([rows(f"transfer_{n}_noisy-digits", m)[-1] for m in ("SP-naive", "muP²")] for n in ("resnet", "vit"))
+    assert_said("keeping 0.1 costs {:.1f} points", resnet[0]["regret"])
+    assert_said("with {:.1f} % against plain SAM's {:.1f}", resnet[1]["accuracy"], resnet[0]["accuracy"])
+    assert_said("and keeping it costs {:.1f} points", vit[0]["regret"])
+    numbers = vit[1]["regret"], vit[1]["accuracy"], vit[0]["accuracy"]
+    assert_said("costs {:.1f}, at {:.1f} % against {:.1f}", *numbers)
+    assert_said("loses {:.1f} points to AdamW alone", -vit[1]["gain"])
+
+
+def test_sentences_about_the_picture_of_the_readme():
+    found = build.demo_runs()
+    grid = sorted(found["muP²"].points[512])
+    steps = {m: grid.index(x.best_rho(512)) - grid.index(x.best_rho(32)) for m, x in found.items()}
+    assert steps == {"SP-naive": 2, "muP²": 1, "muP-naive": 0}
+    assert found["muP-naive"].cost == 0 and found["muP-naive"].kept < found["muP²"].kept
+    assert max(found["SP-naive"].mean(512, rho) for rho in grid) < found["muP²"].kept
