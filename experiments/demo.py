@@ -5,7 +5,7 @@
     python -m experiments.demo --out experiments/results   the committed figure, from the committed runs
 
 A 3-layer MLP learns scikit-learn's digits, 40 % of whose training labels are random, with SAM around AdamW. At width
-32 plain SAM and muP² are the same, and the learning rate is a good one there; wider networks keep it. What counts is
+32 plain SAM and muP² are the same, and the learning rate is the best one there; wider networks keep it. What counts is
 the accuracy on test images, with right labels, after the last epoch. Finished runs are kept in OUT/demo.jsonl: the
 same command goes on where it was interrupted.
 """
@@ -59,9 +59,11 @@ class Seen(NamedTuple):
         return self.mean(self.wide, self.best_rho(self.wide)) - self.kept
 
 
-def seen(runs: dict[Run, dict[str, Any]], method: str, widths: list[int], rhos: list[float], seeds: int) -> Seen:
+def seen(
+    runs: dict[Run, dict[str, Any]], method: str, widths: list[int], rhos: list[float], seeds: int, lr: float = LR
+) -> Seen:
     def score(width: int, rho: float, seed: int) -> float:
-        row = runs[Run(DATA, method, width, LR, rho, seed, EPOCHS, NETWORK)]
+        row = runs[Run(DATA, method, width, lr, rho, seed, EPOCHS, NETWORK)]
         return row[NETWORKS[NETWORK].score] or 0.0
 
     points = {w: {rho: [score(w, rho, seed) for seed in range(seeds)] for rho in rhos} for w in widths}
@@ -117,6 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=["SP-naive", "muP²"], help="a panel for each")
     add("--widths", nargs="+", type=at_least(1, int), default=WIDTHS)
     add("--rhos", nargs="+", type=at_least(0, float), default=RHOS)
+    add("--lr", type=at_least(0, float), default=LR, help="of every width; the default is the best one at width 32")
     add("--seeds", type=at_least(1, int), default=8)
     add("--jobs", type=at_least(1, int), default=2, help="runs at once")
     add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
@@ -127,12 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     points = itertools.product(range(args.seeds), args.methods, args.widths, args.rhos)
-    runs = [Run(DATA, method, width, LR, rho, seed, EPOCHS, NETWORK) for seed, method, width, rho in points]
+    runs = [Run(DATA, method, width, args.lr, rho, seed, EPOCHS, NETWORK) for seed, method, width, rho in points]
     try:
         done = sweep(runs, args.out / "demo.jsonl", Place(backend=args.backend, jobs=args.jobs), "demo")
     except KeyboardInterrupt:
         return 130
-    results = [seen(done, method, args.widths, args.rhos, args.seeds) for method in args.methods]
+    results = [seen(done, method, args.widths, args.rhos, args.seeds, args.lr) for method in args.methods]
     plot(results, args.seeds, args.out / "demo.png")
     print(f"{sentence(results[0], results[-1])}\nfigure: {args.out / 'demo.png'}")
     return 0

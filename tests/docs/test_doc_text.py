@@ -10,6 +10,7 @@ import pytest
 
 from docs import build
 from docs.build import PAGES, RESULTS, ROOT
+from experiments import demo, sweep
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 
@@ -204,3 +205,14 @@ def test_sentences_about_the_picture_of_the_readme():
     assert steps == {"SP-naive": 2, "muP²": 1, "muP-naive": 0}
     assert found["muP-naive"].cost == 0 and found["muP-naive"].kept < found["muP²"].kept
     assert max(found["SP-naive"].mean(512, rho) for rho in grid) < found["muP²"].kept
+
+
+def test_the_learning_rate_of_the_picture_is_the_best_one_at_width_32():
+    runs = sweep.read_runs(RESULTS / "demo.jsonl")
+    rhos = [0.0562, 0.1, 0.1778, 0.3162]
+    best = {}
+    for lr in (0.0025, 0.01, demo.LR):
+        x = demo.seen(runs, "SP-naive", [32], rhos, 8, lr)
+        best[lr] = x.mean(32, x.best_rho(32))
+    assert max(best, key=best.get) == demo.LR
+    assert_said("half of it reaches {:.1f} %, twice of it {:.1f} %, and 0.005 {:.1f} %", *best.values())

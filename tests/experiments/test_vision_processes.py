@@ -67,6 +67,12 @@ class Life:
         return self.process.wait(60)
 
 
+def assert_same_run(folder, whole, seed):
+    a, b = checkpoint(whole), checkpoint(folder)
+    assert metrics(folder) == metrics(whole) and equal(a, b), seed
+    assert a["optimizer"]["state"][0]["momentum_buffer"].any()
+
+
 @pytest.mark.parametrize(
     "backend, workers, kills",
     [
@@ -78,17 +84,15 @@ class Life:
 def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, backend, workers, kills):
     """With augmentation, momentum and batch norm; once, in addition, by Ctrl-C."""
     store(tmp_path, "cifar10", "binary", cifar_files("cifar10", "binary", cifar_parts("cifar10", 4)))
-    flags = ["--preset", "resnet18-cifar10", *TINY_RESNET, "--epochs", str(8 + 3 * kills), "--batch-size", "5"]
-    flags += ["--workers", str(workers), "--root", str(tmp_path), "--device", "cpu", "--lr", "0.01"]
-    flags += ["--backend", backend, "--out"]
-    start_of_whole = time.monotonic()
+    epochs = 8 + 3 * kills
+    flags = ["--preset", "resnet18-cifar10", *TINY_RESNET, "--epochs", str(epochs), "--batch-size", "5", "--lr", "0.01"]
+    flags += ["--workers", str(workers), "--root", str(tmp_path), "--device", "cpu", "--backend", backend, "--out"]
+    began = time.monotonic()
     assert vision.main([*flags, str(tmp_path / "whole")]) == 0
-    epoch_seconds = (time.monotonic() - start_of_whole) / (8 + 3 * kills)
-    whole = only_folder(tmp_path / "whole")
+    epoch_seconds, whole = (time.monotonic() - began) / epochs, only_folder(tmp_path / "whole")
     assert result_of(tmp_path / "whole")["fused"] == (backend == "compiled")
 
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
+    rng = random.Random(seed := random.randrange(2**32))
     moments = (["writing", "any time"] * kills)[:kills]
     moments.insert(ctrl_c := rng.randrange(kills + 1), "any time")
     out, history, found, too_fast = tmp_path / "killed", [], [], 0
@@ -117,9 +121,8 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, back
     print(f"{backend}, seed {seed}, ended after so many epochs: {found}")
 
     assert vision.main([*flags, str(out)]) == 0
-    assert metrics(folder, ())[: len(history)] == history and metrics(folder) == metrics(whole), seed
-    a, b = checkpoint(whole), checkpoint(folder)
-    assert a["optimizer"]["state"][0]["momentum_buffer"].any() and equal(a, b), seed
+    assert metrics(folder, ())[: len(history)] == history, seed
+    assert_same_run(folder, whole, seed)
 
 
 # ------------------------------------------------------------------------------------------------- two at once

@@ -122,6 +122,15 @@ def test_initial_weights(parameterization, output_scale):
     assert torch.equal(model["embedding"].weight, kept) and (model["norm"].weight == 1).all()
 
 
+def test_initial_weights_of_a_layer_whose_fans_grow_differently():
+    """In muP std is multiplied by min(1, sqrt(fan_out / fan_in)), for hidden layers only."""
+    std = lambda fan_out, fan_in, name="mup": mup2_ref.initial_std(
+        mup2_ref.Growth(fan_out, fan_in), mup2_ref.exponents(name)
+    )
+    assert std(2, 4) == pytest.approx(0.5 * 0.5**0.5) and std(4, 2) == pytest.approx(0.5**0.5)
+    assert std(2, 4, "sp") == 0.5 and std(0.5, 1) == 1 and std(1, 4) == 0.25
+
+
 def test_the_base_model_may_be_on_the_meta_device():
     with torch.device("meta"):
         base = net(8)
