@@ -51,8 +51,11 @@ def check_group(group: dict[str, Any], variant: str) -> None:
 
 
 def variant_of(groups: list[dict[str, Any]], variant: str | None) -> str:
-    """The variant of SAM that is given and that the groups are made for; "sam" if none is. ValueError for several."""
-    found = {v for v in (variant, *(group.get("variant") for group in groups)) if v is not None}
+    """The variant of SAM that is given, or that the groups are made for; ValueError for several.
+
+    A group that names none is made for the given variant, and for "sam" if none is given.
+    """
+    found = {group.get("variant") or variant or "sam" for group in groups} | ({variant} if variant else set())
     if len(found) > 1:
         raise ValueError(
             f"groups and optimizer are made for different variants of SAM, {' and '.join(map(repr, sorted(found)))}: "

@@ -90,7 +90,7 @@ def undone(model: nn.Module, optimizer: SAM, device: torch.device) -> Iterator[N
                 t.copy_(value)
             for p, key, value in state_of(optimizer):
                 value.copy_(state[p, key]) if (p, key) in state else value.zero_()
-        optimizer.phase.skipped += skipped - optimizer.skipped_steps  # the count on the device goes on from where it is
+        optimizer.skipped_steps = skipped
         torch.cuda.set_rng_state(generator, device)
 
 

@@ -27,9 +27,13 @@ try:
 
     missing = ""
 except ImportError as error:
+    if "MUP2_CPU" in str(error):
+        raise  # the environment asks for kernels that do not exist
+    absent = isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error)
+    state = "is not built" if absent else f"does not fit this torch ({torch.__version__}): {error}"
     missing = (
-        f"the compiled part of mup2_fused is missing or does not fit this torch ({torch.__version__}): {error}. Build "
-        "it with `python setup.py build_ext --inplace` in the source folder, or `pip install --no-build-isolation .`"
+        f"the compiled part of mup2_fused {state}. Build it with `python setup.py build_ext --inplace` in the source "
+        "folder, or `pip install --no-build-isolation .`"
     )
 
 compiled: bool = not missing
@@ -43,11 +47,12 @@ KERNELS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: 
 def obstacle(groups: Groups) -> str:
     """Why the kernels cannot serve these parameters, and what to do. Empty if they can.
 
-    Parameters on the meta device have no values yet; where the values will be is seen in the first step.
+    Frozen parameters need no kernel. Parameters on the meta device have no values yet; where the values will be is seen
+    in the first step.
     """
     if not compiled:
         return missing
-    for p in [p for group in groups for p in group["params"]]:
+    for p in [p for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]:
         if p.device.type == "cuda" and not built_with_cuda:
             return "mup2_fused was built without CUDA. Build it again where nvcc is found, with MUP2_CUDA=1"
         if p.device.type not in ("cpu", "cuda", "meta"):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mup2_ref
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -75,7 +77,7 @@ def train_epoch(
 ) -> Tensor:
     """One epoch; returns the mean over batches of the loss at w, a scalar on the device. ValueError without batches.
 
-    optimizer: any torch optimizer. One with first_step() and restore(), as SAM, gets two passes for each batch.
+    optimizer: any torch optimizer. This package's SAM and mup2_ref.SAM get two passes for each batch.
     batches: (inputs, targets). scheduler: steps after every batch. autocast: context for the forward passes, such as
     partial(torch.autocast, "cuda", torch.bfloat16). scaler: of the loss, for float16; with this package's SAM only.
     """
@@ -93,10 +95,13 @@ def train_epoch(
             scaler.scale(loss).backward()
             return loss.detach()
 
-        losses.append(backward())
-        if hasattr(optimizer, "first_step"):
-            second_pass(optimizer, backward)
-        scaler.step(optimizer)
+        if isinstance(optimizer, mup2_ref.SAM):
+            losses.append(optimizer.step(backward))
+        else:
+            losses.append(backward())
+            if hasattr(optimizer, "first_step"):
+                second_pass(optimizer, backward)
+            scaler.step(optimizer)
         scaler.update()
         if scheduler is not None:
             scheduler.step()

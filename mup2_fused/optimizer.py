@@ -77,14 +77,24 @@ class SAM(torch.optim.Optimizer):
         """As in torch. ValueError for a bad rho or gradnorm_scaling, or a group that is made for another variant."""
         if isinstance(param_group, dict):  # torch refuses anything else, and says why
             check_group(self.defaults | param_group, self.variant)
+        groups = len(self.param_groups)
         super().add_param_group(param_group)
         if "passes" in vars(self):  # not while __init__ adds the first groups
-            self.phase, self.passes = self._settled(), passes_for(self.param_groups, self.backend)
+            try:
+                passes = passes_for(self.param_groups, self.backend)
+            except RuntimeError:
+                del self.param_groups[groups:]
+                raise
+            self.phase, self.passes = self._settled(), passes
 
     @property
     def skipped_steps(self) -> int:
         """How many updates were skipped because a gradient was not finite. Reading it waits for the GPU."""
         return self.passes.skipped(self.phase)
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self.phase.skipped += value - self.skipped_steps
 
     # -- the two passes
 
@@ -145,7 +155,10 @@ class SAM(torch.optim.Optimizer):
                 loss = self._run_twice(closure, found_inf)
             elif self.phase.backups is None:
                 return self._make_state()
-            self.passes.descend(self.phase, self.base_optimizer, grad_scale, found_inf, self.skip_nonfinite)
+            base = self.base_optimizer
+            if base.param_groups is not self.param_groups or base.state is not self.state:  # somebody replaced them
+                base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+            self.passes.descend(self.phase, base, grad_scale, found_inf, self.skip_nonfinite)
         except BaseException:
             self.restore()
             self._forget_scale()
