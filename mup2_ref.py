@@ -9,13 +9,13 @@ SAM climbs from the weights w to w + e, computes the gradient there, returns to 
 
 The problem: in a wide network a few layers dominate the joint norm, and the perturbation of every other layer vanishes.
 The solution: scale each layer's perturbation so that its effect on the layer's output does not depend on the width n.
-In an MLP, h_1 = W_1 x, x_l = relu(h_l), h_{l+1} = W_{l+1} x_l, each layer has one of three roles: input (its fan_out
-grows with n), hidden (both fans grow) or output (its fan_in grows). Definition 4 chooses exponents for each role:
+In an MLP (h_1 = W_1 x, x_l = relu(h_l), h_{l+1} = W_{l+1} x_l) each layer has one of three roles: input (its fan_out
+grows with n), hidden (fan_out and fan_in grow) or output (its fan_in grows). Definition 4 has exponents for each role:
 
     initialize    W_l ~ N(0, sigma² n^(-2 b_l))
     update        W_l <- W_l - lr n^(-c_l) dL/dW_l      with the gradient at W + e
     perturb       e_l = rho n^(-d) v_l / ||v||,         v_l = n^(-d_l) dL/dW_l,   ||v||² = sum of all ||v_l||²
-µP is b = (0, 1/2, 1), c = (-1, 0, 1). µP² adds d = -1/2, d_l = (-1/2, 1/2, 3/2).
+µP (maximal update) has b = (0, 1/2, 1) and c = (-1, 0, 1). µP² adds d = -1/2 and d_l = (-1/2, 1/2, 3/2).
 
 In practice (Algorithm 1) each tensor is compared with its counterpart in a narrow base model. Let r be the growth of
 fan_out / fan_in from the base model to this one. The tensor's radius (and SGD's learning rate) is multiplied by r, and
@@ -40,7 +40,7 @@ from torch.optim import SGD, Optimizer
 # ---------------------------------------------------------------------------------- 1. Theory: exponents of the width
 ROLES = ("input", "hidden", "output")
 Triple = tuple[float, ...]  # one number for each role
-PARAMETERIZATIONS: dict[str, tuple[Triple, ...]] = {  # b and c of Table D.1; c for Adam
+PARAMETERIZATIONS: dict[str, tuple[Triple, ...]] = {  # Table D.1: b, c for SGD, c for Adam if known
     "sp": ((0, 0.5, 0.5), (0, 0, 0), (0, 0, 0)),  # standard: PyTorch's default
     "sp-stable": ((0, 0.5, 0.5), (1, 1, 1)),
     "ntp": ((0, 0.5, 0.5), (0, 1, 1)),  # neural tangent
@@ -59,7 +59,7 @@ class Exponents(NamedTuple):
     d: float
     variant: str = "sam"
     base_optimizer: str = "sgd"  # or "adam", also for AdamW
-    norm: str = "decoupled"  # Algorithm 1; "joint": n^(-d_l) scales the norm, too, as in Definition 4
+    norm: str = "decoupled"  # the norm has factors of its own (Algorithm 1); "joint": it has n^(-d_l) (Definition 4)
     parameterization: str = "mup"  # the names of the table rows that these exponents come from
     perturbation: Any = "effective"
 
@@ -70,17 +70,17 @@ class Prediction(NamedTuple):
     gradient: Triple  # Frobenius norm of dL/dW_l
     update: Triple  # change of the layer's output by the layer's update
     effect: Triple  # change of the layer's output by e_l. 0: effective, < 0: vanishes, > 0: blows up
-    dominating: tuple[str, ...]  # the roles that make up the joint norm
+    dominating: tuple[str, ...]  # the roles with the largest part of the joint norm of Definition 4
     stable: bool  # neither training nor the perturbation makes anything blow up
     feature_learning: bool
 
 
 def unscaled(e: Exponents) -> tuple[Triple, Triple, Triple]:
-    """Exponents before any scaling (Appendix F.1): norm of g_l, normalizer T, effect of T² g_l on the output."""
+    """Exponents without d and d_l (Appendix F.1): ||g_l||, the normalizer T, and the change of h_l by T² g_l."""
     k = min(e.b[2], e.c[2])  # after the first update the output weights, and so the gradient below them, have size n^-k
     size = {"sam": e.b, "elementwise": (0, 0, 0), "layerwise": (0.5, 1, 0.5)}[e.variant]
     T = tuple(x - y for x, y in zip(size, e.b))  # 1, or the typical |w| or ||W||_F of the initial weights
-    # A hidden or output layer sums over n inputs that are correlated with its gradient: its effect is n times larger.
+    # Hidden and output layers add up n inputs that correlate with g_l: the effect of T² g_l is n times larger there.
     return (0.5 - k, 1 - k, 0.5), T, tuple(x + 2 * t for x, t in zip((-k, 1 - k, 1), T))
 
 
@@ -98,10 +98,10 @@ def exponents(
     base_optimizer: str = "sgd",
     norm: str = "decoupled",
 ) -> Exponents:
-    """Rows of Tables D.1, D.2 and 1; ("mup", "effective") is µP². For other exponents: _replace(d=..., dl=...).
+    """Rows of Tables 1, D.1 and D.2; ("mup", "effective") is µP². Others: exponents()._replace(d=..., dl=...).
 
     naive: SAM as it is. global: one radius for all layers, the largest stable one. effective: the exponent of every
-    layer's effect is 0. ValueError: a name is unknown, or has no learning rates for Adam.
+    layer's effect is 0. ValueError for a name that is unknown, or that has no learning rates for Adam.
     """
     known(variant, VARIANTS), known(norm, ("decoupled", "joint")), known(perturbation, PERTURBATIONS)
     adam = known(base_optimizer, ("sgd", "adam")) == "adam"
@@ -111,7 +111,7 @@ def exponents(
     parts = [g + t for g, t in zip(gradient, T)]  # of the joint norm, which has the largest part's exponent
     if perturbation == "global":  # the effect on the network's output must be bounded, too
         return e._replace(d=max(effect[0] + 1 - b[2], effect[1] + 1 - b[2], effect[2]) - max(parts))
-    if perturbation == "effective":  # d_l = effect - d changes the parts to parts - effect + d, and the largest to 0
+    if perturbation == "effective":  # with d_l = effect - d the parts become parts - effect + d; d makes the largest 0
         d = min(x - y for x, y in zip(effect, parts))
         return e._replace(d=d, dl=tuple(x - d for x in effect))
     return e
@@ -120,12 +120,12 @@ def exponents(
 def predict(e: Exponents) -> Prediction:
     """Which layers learn, which are perturbed effectively, and whether anything blows up (Appendix F.1)."""
     gradient, T, raw = unscaled(e)
-    parts = [round(g + t - x, 9) for g, t, x in zip(gradient, T, e.dl)]  # rounded, as users choose numbers like 0.1
+    parts = [round(g + t - x, 9) for g, t, x in zip(gradient, T, e.dl)]  # rounded: 0.1 + 0.2 is not 0.3
     effect = tuple(round(y - e.d - x - max(parts), 9) for y, x in zip(raw, e.dl))
     k = 0 if e.base_optimizer == "adam" else min(e.b[2], e.c[2])  # Adam's steps do not depend on the gradient's size
     update = (-e.c[0] - k, 1 - e.c[1] - k, 1 - e.c[2])
     features = max(update[:2])  # how far the hidden activations move
-    trains = features <= 0 and e.c[2] >= 1 and e.b[2] - features >= 1
+    trains = features <= 0 and e.c[2] >= 1 and e.b[2] - features >= 1  # activations and network output stay bounded
     perturbs = max(effect) <= 0 and e.b[2] - max(effect[:2]) >= 1
     dominating = tuple(role for role, x in zip(ROLES, parts) if x == max(parts))
     return Prediction(gradient, update, effect, dominating, trains and perturbs, trains and features == 0)
@@ -151,11 +151,11 @@ def fans(module: Module, shape: torch.Size) -> tuple[int, int]:
         return shape[-1], 1
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return shape[0], shape.numel() // shape[0]
-    raise ValueError(f"a tensor of shape {tuple(shape)} in a {type(module).__name__}: mup2_fused knows more modules")
+    raise ValueError(f"cannot tell fans of {tuple(shape)} in a {type(module).__name__}: mup2_fused knows more modules")
 
 
 def growths(model: Module, base: Module) -> dict[str, Growth]:
-    """The growth of every parameter. base: the same architecture at the base width, such as on the meta device."""
+    """The growth of every parameter. base: the same architecture at the base width, maybe on the meta device."""
     found = {}
     for name, p in model.named_parameters():
         module, shape = model.get_submodule(name.rpartition(".")[0]), base.get_parameter(name).shape
@@ -164,32 +164,32 @@ def growths(model: Module, base: Module) -> dict[str, Growth]:
 
 
 def growths_of_mup(model: Module) -> dict[str, Growth]:
-    """The same from p.infshape, which mup.set_base_shapes() makes (Algorithm 1). A single infinite dimension counts as
-    fan_out, even in a MuReadout, because a MuReadout divides its input by the width."""
+    """growths() from p.infshape, which mup.set_base_shapes() sets (Algorithm 1). A single growing ("infinite") dim counts
+    as fan_out, even in a MuReadout, because a MuReadout divides its input by the width."""
     shapes = {name: p.infshape for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     wide_dims = {name: [dim.width_mult() for dim in shape if dim.isinf()] for name, shape in shapes.items()}
-    return {name: Growth(*(*dims, 1.0, 1.0)[:2]) for name, dims in wide_dims.items()}
+    return {name: Growth(*(*dims, 1.0, 1.0)[:2]) for name, dims in wide_dims.items()}  # [f] -> (f, 1), [f, g] -> (f, g)
 
 
 def power(x: list[float], growth: Growth, n: float | None) -> float:
-    """n^(x_role), as fan_out^p fan_in^q n^s for fans that may grow by different factors; n is None then."""
-    s = x[0] + x[2] - x[1]  # 0 in µP². An input layer needs p + s, a hidden one p + q + s, an output layer q + s.
+    """n^(x_role), as fan_out^p fan_in^q n^s. n is None if fans grow by different factors: s must be 0 then."""
+    s = x[0] + x[2] - x[1]  # 0 in µP². p + s = x_input, p + q + s = x_hidden, q + s = x_output
     if s and n is None:
         raise ValueError("this scaling needs one width, but this model's dimensions grow by different factors")
     return growth.fan_out ** (x[0] - s) * growth.fan_in ** (x[2] - s) * (n or 1.0) ** s
 
 
 def initial_std(growth: Growth, e: Exponents) -> float:
-    """Initial standard deviation over that of the base model: n^(-b_l)."""
+    """n^(-b_l): the initial standard deviation divided by the base model's."""
     std = growth.fan_in ** -(e.b[2] if growth.fan_out == 1 else e.b[1])
     narrows = e.b[2] == 1 and growth.role == "hidden"  # µP corrects hidden layers whose fan_in grows more than fan_out
-    return std * min(1.0, growth.fan_out / growth.fan_in if narrows else 1.0) ** 0.5
+    return std * (min(1.0, growth.fan_out / growth.fan_in) ** 0.5 if narrows else 1.0)
 
 
 def factors(e: Exponents, growth: Growth, n: float | None) -> tuple[float, float, float]:
-    """Factors of a tensor's lr, n^(-c_l), its rho, n^(-d - d_l), and its gradnorm_scaling. The last keeps each layer's
-    part of the norm at Theta(1) (Algorithm 1), or is n^(-d_l) with norm="joint". In adaptive SAM the optimizer
-    multiplies e by T² and the norm by T, so both are divided out here."""
+    """A tensor's factors: n^(-c_l) for lr, n^(-d - d_l) for rho, and gradnorm_scaling, its factor in the joint norm.
+    gradnorm_scaling keeps each layer's part of the norm at Theta(1) (Algorithm 1), or is n^(-d_l) with norm="joint".
+    In adaptive SAM, T grows by t, which is n^T only if all fans grow by n: t corrects the factors where they do not."""
     gradient, T, _ = unscaled(e)
     lr = power([-x for x in e.c], growth, n)
     if not any(e.dl):
@@ -226,7 +226,7 @@ def param_groups(
 
 @torch.no_grad()
 def init_(model: Module, base: Module, scaling: Exponents = MUP2) -> Module:
-    """Draw matrices from N(0, 2 / fan_in) at the base width and n^(-b_l) times that elsewhere; biases become 0."""
+    """Draw matrices with std sqrt(2 / fan_in) at the base width and n^(-b_l) times that elsewhere; biases become 0."""
     for name, growth in growths(model, base).items():
         p, module = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -236,7 +236,7 @@ def init_(model: Module, base: Module, scaling: Exponents = MUP2) -> Module:
 
 
 # ------------------------------------------------------------------------------------------------------------- 3. SAM
-EPS = 1e-12  # for a norm of 0
+EPS = 1e-12  # avoids 0 / 0 where the norm is 0
 norm64 = partial(torch.linalg.vector_norm, dtype=torch.float64)  # Frobenius norm; it neither overflows nor loses terms
 ORDER = "call first_step() and second_step() in turn, each after a backward pass; step(closure) does both"
 
@@ -271,7 +271,7 @@ def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
 
 
 class SAM(Optimizer):
-    """Sharpness-aware minimization around any torch optimizer; with the groups above, µP² (Algorithm 1).
+    """Sharpness-aware minimization around a torch optimizer; with the groups above, µP² (Algorithm 1).
 
         norm = sqrt(sum_l (gradnorm_scaling_l ||T g_l||)²)        e_l = rho_l T² g_l / norm
 
@@ -300,17 +300,17 @@ class SAM(Optimizer):
         """Climb: w <- w + e, for every w that has a gradient."""
         if self.backup is not None:
             raise RuntimeError(ORDER)
-        climbing = [(p, g) for g in self.param_groups if g["perturb"] for p in g["params"] if p.grad is not None]
-        norm = joint_norm([(p, p.grad, group["gradnorm_scaling"]) for p, group in climbing], self.variant)
+        climbing = [(p, s) for s in self.param_groups if s["perturb"] for p in s["params"] if p.grad is not None]
+        norm = joint_norm([(p, p.grad, settings["gradnorm_scaling"]) for p, settings in climbing], self.variant)
         self.backup = [(p.detach(), p.detach().clone()) for p, _ in climbing]
-        for p, group in climbing:
-            perturb_(p, p.grad, group["rho"] / (norm + EPS), self.variant)
+        for p, settings in climbing:
+            perturb_(p, p.grad, settings["rho"] / (norm + EPS), self.variant)
 
     def second_step(self) -> None:
         self.step()
 
     def step(self, closure: Any = None) -> Any:
-        """Return to w and update w. closure: both passes, each zero_grad, forward, backward; returns the loss at w."""
+        """Return to w and update w. A closure (zero_grad, forward, backward) runs at w and at w + e first."""
         loss = closure() if closure else None
         if closure:
             self.first_step()
@@ -344,7 +344,7 @@ class MLP(Module):
 
 
 def effects(width: int, scaling: Exponents, x: Tensor, y: Tensor) -> list[float]:
-    """Train an MLP; in the last step, how far e_l moves the output of each layer: the rms of e_l x_{l-1}."""
+    """Train an MLP, and return how far e_l moves each layer's output in the last step: the rms of e_l x_{l-1}."""
     model, base = MLP(40, width, 10), MLP(40, 64, 10)
     init_(model, base, scaling)
     model.get_parameter("layers.2.weight").data.zero_()  # random first outputs would add noise at small widths
@@ -364,10 +364,10 @@ def effects(width: int, scaling: Exponents, x: Tensor, y: Tensor) -> list[float]
 
 
 def main(widths: tuple[int, ...] = (64, 256, 1024)) -> None:
-    """For SAM in µP and for µP², what theory predicts of each layer, and what training shows."""
+    """Print what theory predicts for each layer and what training shows, for SAM in µP and for µP²."""
     torch.manual_seed(0)
     x, teacher = torch.randn(256, 40), torch.randn(40, 10)
-    print("How far the perturbation moves each layer's output, and with what power of the width n that changes:")
+    print("How far e moves each layer's output (rms), and how that grows with the width n. The aim is n^0:")
     for title, scaling in {"SAM in µP": exponents("mup", "naive"), "µP²": MUP2}.items():
         found = zip(*(effects(n, scaling, x, (x @ teacher).argmax(1)) for n in widths))
         print(f"\n{title:<10} predicted  measured " + "".join(f"{'width ' + str(n):>13}" for n in widths))
