@@ -164,8 +164,8 @@ def growths(model: Module, base: Module) -> dict[str, Growth]:
 
 
 def growths_of_mup(model: Module) -> dict[str, Growth]:
-    """growths() from p.infshape, which mup.set_base_shapes() sets (Algorithm 1). A single growing ("infinite") dim counts
-    as fan_out, even in a MuReadout, because a MuReadout divides its input by the width."""
+    """growths() from p.infshape, which mup.set_base_shapes() sets (Algorithm 1). A single "infinite" dimension counts as
+    fan_out, even in a MuReadout, because a MuReadout divides its input by the width."""
     shapes = {name: p.infshape for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     wide_dims = {name: [dim.width_mult() for dim in shape if dim.isinf()] for name, shape in shapes.items()}
     return {name: Growth(*(*dims, 1.0, 1.0)[:2]) for name, dims in wide_dims.items()}  # [f] -> (f, 1), [f, g] -> (f, g)
