@@ -164,8 +164,8 @@ def growths(model: Module, base: Module) -> dict[str, Growth]:
 
 
 def growths_of_mup(model: Module) -> dict[str, Growth]:
-    """growths() from p.infshape, which mup.set_base_shapes() sets (Algorithm 1). A single "infinite" dimension counts as
-    fan_out, even in a MuReadout, because a MuReadout divides its input by the width."""
+    """growths() from p.infshape, which mup.set_base_shapes() sets (Algorithm 1). A single "infinite" dimension counts
+    as fan_out, even in a MuReadout, because a MuReadout divides its input by the width."""
     shapes = {name: p.infshape for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     wide_dims = {name: [dim.width_mult() for dim in shape if dim.isinf()] for name, shape in shapes.items()}
     return {name: Growth(*(*dims, 1.0, 1.0)[:2]) for name, dims in wide_dims.items()}  # [f] -> (f, 1), [f, g] -> (f, g)
@@ -345,8 +345,8 @@ class MLP(Module):
 
 def effects(width: int, scaling: Exponents, x: Tensor, y: Tensor) -> list[float]:
     """Train an MLP, and return how far e_l moves each layer's output in the last step: the rms of e_l x_{l-1}."""
-    model, base = MLP(40, width, 10), MLP(40, 64, 10)
-    init_(model, base, scaling)
+    torch.manual_seed(0)
+    model = init_(MLP(40, width, 10), base := MLP(40, 64, 10), scaling)
     model.get_parameter("layers.2.weight").data.zero_()  # random first outputs would add noise at small widths
     opt = SAM(param_groups(model, base, scaling, lr=0.5, rho=0.01), SGD)
     for _ in range(5):
