@@ -206,7 +206,7 @@ def test_rho_0_is_the_base_optimizer_bit_for_bit():
 
 def test_the_demonstration_shows_what_theory_predicts(capsys):
     mup2_ref.main((64, 256))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " n^" in line]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.count(" n^") == 2]
     assert [row[0] for row in rows] == ["input", "hidden", "output"] * 2
     found = [(float(row[1][2:]), float(row[2][2:])) for row in rows]
     assert [predicted for predicted, _ in found] == [-1.5, -0.5, 0.5, 0, 0, 0]
