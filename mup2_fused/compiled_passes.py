@@ -1,8 +1,8 @@
-"""The passes of a SAM step by the compiled kernels, on the CPU and on CUDA, in three passes over memory.
+"""A SAM step (climb, restore, descend) by the compiled kernels, on CPU and CUDA: three passes over memory.
 
     norm              the joint norm and each tensor's coefficient
-    backup + perturb  w~ = w + c T² g
-    restore + update  w is back, and SGD's or Adam's step from there
+    backup + perturb  w <- w + c T² g
+    restore + update  w is restored, then updated by SGD or Adam
 
 This is the only module that imports the compiled part. It also tells torch.compile about the operators in
 torch.ops.mup2.
@@ -65,7 +65,10 @@ def obstacle(groups: Groups) -> str:
 
 
 def kernel_of(base: torch.optim.Optimizer) -> str | None:
-    """The kernel that does what base.step() does: "sgd", "adam" or "adamw". None if somebody changed that step."""
+    """The kernel that does what base.step() does: "sgd", "adam" or "adamw".
+
+    None for others, or if step() has hooks or is replaced.
+    """
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base):
         return None
     return KERNELS.get(type(base))
@@ -75,9 +78,9 @@ class CompiledPasses:
     """The functions of torch_passes by kernels where there is one, and by torch_passes elsewhere.
 
     No kernel perturbs parameters that share memory or have sparse or complex gradients. The update has kernels for SGD,
-    Adam and AdamW, without amsgrad and without hooks on the base optimizer. On a GPU nothing waits for the host, and
-    work goes to the current stream; calls on several streams must be ordered by the caller. Backups stay allocated from
-    step to step: one copy of the perturbed weights.
+    Adam and AdamW, without amsgrad and without hooks on the base optimizer. The host never waits for the GPU where the
+    kernels do both; work goes to the current stream, and calls on several streams must be ordered by the caller.
+    Backups stay allocated from step to step: one copy of the perturbed weights.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -120,7 +123,8 @@ class CompiledPasses:
         if self.meshes:
             place_gradients(groups)
             share = self.meshes.share
-        kernel = kernel_of(base) if phase.finite is None else None  # the kernels read the flag on the device
+        # phase.finite is None: the kernels climbed, and left the flag on the device
+        kernel = kernel_of(base) if phase.finite is None else None
         if kernel is not None:
             create = partial(create_state, base.state)
             options = (create, grad_scale, found_inf, skip_nonfinite, share)
@@ -131,7 +135,7 @@ class CompiledPasses:
         torch_passes.descend(phase, base, grad_scale, found_inf, skip_nonfinite)
 
     def finite(self, phase: Phase) -> bool:
-        """Whether the last first gradient was finite. Waits for the GPU."""
+        """Whether the gradient of the latest first_step() was finite. Waits for the GPU."""
         return self.plan.finite() if phase.finite is None else phase.finite
 
     def skipped(self, phase: Phase) -> int:
@@ -139,11 +143,11 @@ class CompiledPasses:
         return phase.skipped + self.plan.skipped()
 
     def memory(self) -> list[Tensor]:
-        """What the kernels write to besides parameters, gradients and state. A captured graph needs it to live on."""
+        """What the kernels write to besides parameters, gradients and state. A captured graph must keep it alive."""
         return self.plan.memory()
 
     def norms(self) -> tuple[float, list[float]]:
-        """(joint norm, gradnorm_scaling ||T g|| of each perturbed tensor) of the last first step, to look at."""
+        """(joint norm, gradnorm_scaling ||T g|| of each perturbed tensor) of the latest first_step(), to look at."""
         return self.plan.norms()
 
 
@@ -163,7 +167,7 @@ def passes_for(groups: list[dict[str, Any]], backend: str) -> Passes:
     if not reason:
         return CompiledPasses(groups)
     if backend == "compiled":
-        raise RuntimeError(f"SAM(backend='compiled') cannot run: {reason}. Or take backend='torch'")
+        raise RuntimeError(f"SAM(backend='compiled') cannot run: {reason}. backend='torch' runs without kernels")
     warn_once(reason)
     return torch_passes
 

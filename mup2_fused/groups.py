@@ -132,7 +132,8 @@ def init_(
 ) -> nn.Module:
     """Draw the initial weights of an existing model in place, and return the model.
 
-    Matrices become N(0, gain² / fan_in) at the base width and n^(-b_l) times that elsewhere; their biases become 0.
+    Matrices are drawn with standard deviation gain / sqrt(fan_in) at the base width and n^(-b_l) times that elsewhere;
+    their biases become 0.
     gain: as in torch.nn.init.calculate_gain, sqrt(2) for ReLU. Embeddings, normalizations and other vectors need no
     scale and keep their values. Raw parameters keep theirs, too, as only the model's author knows how to draw them.
     The result does not depend on the values before, so drawing twice is the same as drawing once.

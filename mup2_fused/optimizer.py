@@ -1,4 +1,7 @@
-"""The optimizer: its phases, closures, loss scaling, state and copies. Its passes over the weights are elsewhere."""
+"""The optimizer: its phases, closures, loss scaling, state and copies.
+
+Climbing and descending are in torch_passes.py and compiled_passes.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from mup2_fused.torch_passes import Phase
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization around any torch optimizer, with muP² factors per parameter group.
+    """Sharpness-aware minimization around a torch optimizer, with muP² factors per parameter group.
 
     Groups may have rho, gradnorm_scaling (default 1) and perturb (default True), as param_groups() makes them
     (Algorithm 1). Over all tensors l with perturb=True that have a gradient:
@@ -30,14 +33,14 @@ class SAM(torch.optim.Optimizer):
 
     rho: radius for groups without their own. For variant "sam" it is the Euclidean length of the perturbation; for
     the adaptive variants it is relative to the weights.
-    variant: "sam", "elementwise" or "layerwise"; by default the one that the groups are made for.
+    variant: "sam" (T = 1), "elementwise" (|w|) or "layerwise" (||w||_F); by default the groups' own.
     base_optimizer: a class, or a function that makes an optimizer from groups, such as mup.MuSGD. It gets base_kwargs.
     backend: "compiled" uses the kernels, "torch" torch's operations, "auto" the kernels where they can be used.
-    skip_nonfinite: also skip the update if a gradient of the second pass is not finite, which reads all of them again.
+    skip_nonfinite: also skip updates whose second gradient is not finite; this check reads all gradients once more.
     same_randomness: step(closure) gives both passes the same random numbers, and so the same dropout masks.
 
-    Call step(closure), or first_step() after one backward pass and second_step() after another. A first gradient that
-    is not finite perturbs nothing, and the update after it is skipped and counted in skipped_steps. Weights are
+    Call step(closure), or first_step() after one backward pass and second_step() after another. If the gradient of the
+    first pass is not finite, nothing is perturbed, and the update is skipped and counted in skipped_steps. Weights are
     perturbed in place, and restored bit for bit, also those to which the second pass gives no gradient.
     This object and .base_optimizer share groups and state: schedulers, hooks, state_dict(), copies and pickles see one
     optimizer. GradScaler.step(sam) takes the place of second_step(). Gradients need no unscale_() before first_step(),
@@ -66,10 +69,10 @@ class SAM(torch.optim.Optimizer):
         self.variant = variant_of([p for p in params if isinstance(p, dict)], variant)
         self.backend, self.skip_nonfinite, self.same_randomness = backend, skip_nonfinite, same_randomness
         self.phase = Phase()
-        own = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": self.variant}
-        super().__init__(params, own)
+        defaults = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": self.variant}
+        super().__init__(params, defaults)
         self.base_optimizer = make_base(base_optimizer, self.param_groups, base_kwargs)
-        self.defaults = self.base_optimizer.defaults | own
+        self.defaults = self.base_optimizer.defaults | defaults
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.passes = passes_for(self.param_groups, backend)
 
@@ -102,10 +105,11 @@ class SAM(torch.optim.Optimizer):
     def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
         """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
 
-        process_group: processes that climb by gradients of their own (m-sharpness), such as torch.distributed.group.
-        WORLD. If the gradient is not finite in one of them, none climbs or updates, so that their weights stay equal.
+        process_group: processes that climb by gradients of their own (m-sharpness), such as
+        torch.distributed.group.WORLD. If the gradient is not finite in one of them, none climbs or updates, so that
+        their weights stay equal.
         """
-        if "phase" not in vars(self):  # Lightning's wrapper is a SAM, too
+        if "phase" not in vars(self):  # Lightning's wrapper is a subclass of SAM
             raise RuntimeError("this wraps the optimizer: call step(closure), or first_step() on the optimizer itself")
         self._require_restored("the next first_step()")
         self.passes.climb(self.phase, self.param_groups, self.variant, process_group)
@@ -120,15 +124,15 @@ class SAM(torch.optim.Optimizer):
 
     @uncompiled
     def restore(self) -> None:
-        """Return every perturbed weight to w, bit for bit. No update can follow. Nothing happens at w."""
+        """Return every perturbed weight to w, bit for bit; no update can follow. Does nothing if none is perturbed."""
         self.passes.restore(self.phase)
 
     @contextmanager
     def perturbed(self, process_group: Any = None) -> Iterator[None]:
         """Weights are at w + e inside, and at w again afterwards, also after an exception or Ctrl-C.
 
-        Use it for passes that may fail, and to look at the loss at w + e. step() or second_step() may then update with
-        the gradient of a pass inside. Restoring and updating are apart then, and read the memory once more.
+        Use it for passes that may fail, and to look at the loss at w + e. After the block, second_step() updates with
+        the last gradient. Restoring and updating are then two passes over memory, not one.
         """
         self.first_step(process_group=process_group)
         try:
@@ -186,9 +190,9 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _make_state(self) -> None:
-        """A step without a first half, as torch.distributed.checkpoint takes it before loading; else RuntimeError.
+        """Make the base optimizer's state by a step with lr and gradients at 0; RuntimeError for any other step.
 
-        It has neither state nor learning rates, and its gradients are 0. It only makes the base optimizer's state.
+        torch.distributed.checkpoint calls step() in this way before it loads, without a first_step().
         """
         gradients = torch_passes.gradients_of(self.param_groups)
         trained = self.state or not gradients or any(group.get("lr", 1) for group in self.param_groups)
@@ -202,7 +206,7 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {before}")
 
     def _forget_scale(self) -> None:
-        """GradScaler.step sets these for the time of a step, and leaves them behind when the step fails."""
+        """Delete grad_scale and found_inf, which GradScaler.step sets for a step and leaves behind if it fails."""
         for name in ("grad_scale", "found_inf"):
             vars(self).pop(name, None)
 
@@ -215,10 +219,11 @@ class SAM(torch.optim.Optimizer):
         for group in state["param_groups"]:
             if group.get("capturable") or group.get("fused"):
                 continue
-            for i in group["params"]:  # the kernels count steps on the device, and here torch counts on the host
-                own = state["state"].get(i, {})
-                if torch.is_tensor(own.get("step")):
-                    state["state"][i] = own | {"step": own["step"].cpu()}
+            # the kernels keep "step" on the device, but torch without capturable expects it on the CPU
+            for i in group["params"]:
+                entry = state["state"].get(i, {})
+                if torch.is_tensor(entry.get("step")):
+                    state["state"][i] = entry | {"step": entry["step"].cpu()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,16 +232,16 @@ class SAM(torch.optim.Optimizer):
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):  # torch raises an error otherwise
             variants = [{"variant": variant_of([group], self.variant)} for group in saved]
-            saved = [mine | theirs | own for mine, theirs, own in zip(self.param_groups, saved, variants)]
+            saved = [mine | theirs | variant for mine, theirs, variant in zip(self.param_groups, saved, variants)]
         super().load_state_dict(state_dict | {"param_groups": saved})
 
     def _settled(self) -> Phase:
-        """The phase together with what only the device knew. Waits for the GPU."""
+        """The phase, with the kernels' finite flag and skip count read from the device. Waits for the GPU."""
         return Phase(self.phase.backups, self.passes.finite(self.phase), self.skipped_steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base_optimizer", "variant", "backend", "skip_nonfinite", "same_randomness")
-        return super().__getstate__() | {key: getattr(self, key) for key in own} | {"phase": self._settled()}
+        names = ("base_optimizer", "variant", "backend", "skip_nonfinite", "same_randomness")
+        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"phase": self._settled()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,4 +1,4 @@
-"""The passes of a SAM step in torch operations, for any device: climb to w + e, restore w, descend from w.
+"""A SAM step in torch operations, for any device: climb to w + e, restore w, descend from w.
 
 The formulas are mup2_ref's. compiled_passes.py has the same functions as methods, in fewer passes over memory.
 """
@@ -22,7 +22,8 @@ class Phase:
     # (parameter, its weights w) for all that is perturbed. None: there was no first step since the last update.
     # An empty list: there was one, but the weights are at w.
     backups: list[tuple[Tensor, Tensor]] | None = None
-    finite: bool | None = True  # whether the gradient of the last first step was finite; None: only the device knows
+    # Whether the gradient of the latest first_step() was finite. None: the kernels left the answer on the device.
+    finite: bool | None = True
     skipped: int = 0  # updates that were skipped, without those that the kernels have counted
 
 
@@ -52,7 +53,7 @@ def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None)
         refuse_sparse_and_complex(p)
     norm = norm_of([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], variant)
     broken = ~norm.isfinite()
-    if process_group is not None:  # its backend may know the parameters' device only
+    if process_group is not None:  # without gradients the norm is on the CPU, but NCCL takes tensors on the GPU only
         broken = in_any_process(broken.to(groups[0]["params"][0].device), process_group)
     phase.finite = not broken
     phase.backups = [(p, p.detach().clone()) for p, _ in perturbed]
@@ -65,7 +66,7 @@ def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None)
 
 
 def climbing(groups: Groups) -> list[tuple[Any, dict[str, Any]]]:
-    """What a first step perturbs: every parameter that has a gradient, in the groups with perturb=True; its group."""
+    """(parameter, its group) for everything that first_step() perturbs: it has a gradient, and perturb=True."""
     return [(p, group) for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
 
 
@@ -83,18 +84,18 @@ def norm_of(triples: list[tuple[Any, Any, float]], variant: str) -> Tensor:
     """joint_norm over all processes, of (w, g, gradnorm_scaling)."""
     if any(is_spread(w) for w, _, _ in triples):
         parts = [whole(contribution(*triple, variant)) for triple in triples]
-        triples, variant = [(part, part, 1.0) for part in parts], "sam"  # the joint norm of the parts' norms
+        triples, variant = [(part, part, 1.0) for part in parts], "sam"  # a part is a number: its norm is itself
     return joint_norm(triples, variant)
 
 
 def signed_rho(group: dict[str, Any]) -> float:
-    """The radius along the gradient. Climbing means to make worse, and maximize=True makes a smaller value worse."""
+    """rho, or -rho with maximize=True, where climbing must lower the objective."""
     return -group["rho"] if group.get("maximize") else group["rho"]
 
 
 @torch.no_grad()
 def restore(phase: Phase) -> None:
-    """Return to w, bit for bit. Nothing happens where nothing is perturbed."""
+    """Return every perturbed weight to w, bit for bit. Does nothing if none is perturbed."""
     for w, backup in phase.backups or ():
         w.copy_(backup)
     phase.backups = None
@@ -135,7 +136,7 @@ def norm_of_gradients(gradients: list[Tensor]) -> Tensor:
 
 
 def finite(phase: Phase) -> bool:
-    """Whether the last first gradient was finite."""
+    """Whether the gradient of the latest first_step() was finite."""
     return bool(phase.finite)
 
 
