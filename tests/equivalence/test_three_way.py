@@ -196,3 +196,21 @@ def test_mup2_training_of_an_mlp(device, base_optimizer):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     if base_optimizer == "sgd" and device == "cpu":
         assert same(trained["compiled"], trained["reference"])
+
+
+@pytest.mark.parametrize("kind", THREE)
+@pytest.mark.parametrize("adaptive, variant", [(False, "sam"), (True, "elementwise")])
+def test_plain_sam_is_that_of_pytorch_optimizer(kind, adaptive, variant):
+    peer = pytest.importorskip("pytorch_optimizer", reason="pip install pytorch_optimizer to compare with its SAM")
+    mine = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((5, 3), (7,), (2, 3, 4))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    ours = THREE[kind](mine, torch.optim.SGD, rho=0.05, variant=variant, lr=0.01, momentum=0.9)
+    other = peer.SAM(theirs, torch.optim.SGD, rho=0.05, adaptive=adaptive, lr=0.01, momentum=0.9)
+    for _ in range(5):
+        for params, opt in ((mine, ours), (theirs, other)):
+            backward(params)
+            opt.first_step()
+            backward(params)
+            opt.second_step()
+    for p, q in zip(mine, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # the peer's norm is in float32

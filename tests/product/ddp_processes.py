@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from small_problems import equal, weights
+from small_problems import assert_close, equal, weights
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,17 +16,11 @@ from mup2_fused import MLP, accumulate
 STEPS, PER_RANK = 5, 8
 
 
-def gathered(tensors):
-    """The flattened tensors of every process."""
+def same_everywhere(tensors):
     mine = torch.cat([t.detach().flatten() for t in tensors])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
-    return everyone
-
-
-def same_everywhere(tensors):
-    first, *others = gathered(tensors)
-    return all(torch.equal(first, other) for other in others)
+    return all(torch.equal(mine, other) for other in everyone)
 
 
 def check_synchronized(SAM, **ddp):
@@ -47,8 +41,7 @@ def check_synchronized(SAM, **ddp):
 
             opt.step(closure)
     assert same_everywhere(model.parameters())
-    for p, q in zip(model.parameters(), alone.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    assert_close(model.parameters(), alone.parameters())
 
 
 def check_m_sharpness(SAM):
@@ -82,8 +75,7 @@ def check_m_sharpness(SAM):
         with torch.no_grad():
             for p, v, a in zip(params, momentum, average):
                 p.sub_(v.mul_(0.9).add_(a), alpha=0.1)
-    for p, q in zip(model.parameters(), alone.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    assert_close(model.parameters(), alone.parameters())
 
 
 def check_not_finite_in_one(SAM):

@@ -10,7 +10,19 @@ import torch
 import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
 import torch.distributed as dist
 from ddp_processes import same_everywhere
-from test_frameworks import ACCELERATE, CLASS, EPOCHS, PIECES, execute, fresh_accelerator, names, trainer, weights
+from small_problems import assert_close
+from test_frameworks import (
+    ACCELERATE,
+    CLASS,
+    EPOCHS,
+    PIECES,
+    execute,
+    fresh_accelerator,
+    names,
+    plain,
+    trainer,
+    weights,
+)
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 BATCH = 40  # in one process; half of it in each of two
@@ -25,33 +37,17 @@ def problem():
     return space
 
 
-def expected(epochs, steps, T_max, clip):
-    """The plain loop in this process, on the joined batches; steps of the scheduler: after each epoch, or batch."""
+def expected(**kwargs):
+    """The plain loop in this process, on the joined batches."""
     space = problem()
-    model, opt = space["model"], space["opt"]
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max)
-    for _ in range(epochs):
-        for x, y in DataLoader(space["samples"], BATCH):
-
-            def closure():
-                opt.zero_grad()
-                space["loss_function"](model(x), y).backward()
-                if clip:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-            opt.step(closure)
-            for _ in range(steps.get("batch", 0)):
-                scheduler.step()
-        for _ in range(steps.get("epoch", 0)):
-            scheduler.step()
-    return weights(space)
+    space["loader"] = DataLoader(space["samples"], BATCH)
+    return plain(space, **kwargs)[0]
 
 
 def check(space, reference):
     assert same_everywhere(space["model"].parameters())
     assert not torch.equal(reference[0], weights(problem())[0])
-    for p, q in zip(weights(space), reference, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    assert_close(weights(space), reference)
 
 
 def check_lightning(kind, pieces, clip):
@@ -62,7 +58,7 @@ def check_lightning(kind, pieces, clip):
     lit = space[kind](space["model"], space["groups"])
     trainer(devices=2, strategy="ddp", use_distributed_sampler=False).fit(lit, loader)
     assert lit.trainer.world_size == 2 and lit.trainer.global_step == EPOCHS * 2
-    check(space, expected(EPOCHS, {"epoch": 1}, EPOCHS, clip))
+    check(space, expected(clip=1.0 if clip else None))
 
 
 def check_accelerate():
@@ -72,7 +68,7 @@ def check_accelerate():
     space["loader"] = DataLoader(space["samples"], BATCH // 2)
     execute(ACCELERATE.replace("Accelerator()", "Accelerator(cpu=True)"), space)
     assert space["accelerator"].num_processes == 2 and hasattr(space["model"], "no_sync")
-    check(space, expected(1, {"batch": 2}, 4, clip=True))
+    check(space, expected(epochs=1, every="batch", steps=2, T_max=4, clip=1.0))
 
 
 def run(rank, folder):

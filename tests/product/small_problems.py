@@ -1,10 +1,11 @@
-"""Parameters, gradients and losses for the tests of the optimizer."""
+"""Parameters, gradients and losses for the tests of the product."""
 
 import torch
 from torch import nn
 
 VARIANTS = ("sam", "elementwise", "layerwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BASES = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
 
 
 def parameters(dtype=torch.float32, shapes=((5, 3), (7,), (2, 3, 4))):
@@ -28,6 +29,14 @@ def two_steps(opt, params):
     opt.second_step()
 
 
+def ones_step(opt, params, value=1.0):
+    """A whole step in which all gradients are value, and then 1."""
+    for number in (value, 1.0):
+        for p in params:
+            p.grad = torch.full_like(p, number)
+        opt.first_step() if opt.phase.backups is None else opt.second_step()
+
+
 def weights(params):
     return [p.detach().clone() for p in (params.parameters() if isinstance(params, nn.Module) else params)]
 
@@ -36,6 +45,11 @@ def equal(xs, ys):
     """Bit for bit: tells -0.0 from 0.0 and takes NaN as equal to itself."""
     as_bytes = lambda t: t.detach().reshape(-1).contiguous().view(torch.uint8)
     return all(torch.equal(as_bytes(x), as_bytes(y)) for x, y in zip(xs, ys, strict=True))
+
+
+def assert_close(xs, ys, rtol=1e-9, atol=1e-12):
+    for x, y in zip(xs, ys, strict=True):
+        torch.testing.assert_close(x.detach(), y.detach(), rtol=rtol, atol=atol)
 
 
 def quadratic(params):
@@ -48,9 +62,13 @@ def closure_of(opt, params, loss=quadratic):
         opt.zero_grad()
         value = loss(params)
         value.backward()
-        return value
+        return value.detach()
 
     return closure
+
+
+def train_closure(opt, model, x, y):
+    return closure_of(opt, None, lambda _: nn.functional.cross_entropy(model(x), y))
 
 
 def classification(model):

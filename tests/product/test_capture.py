@@ -7,14 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from small_problems import equal
+from small_problems import backward, equal, train_closure
 from torch import nn
 
 import mup2_fused as mup2
 import mup2_ref
 
 SAM = partial(mup2.SAM, backend="compiled")
-BASES = [
+BASES = [  # the first one with train_epoch
     (torch.optim.SGD, {}),
     (torch.optim.SGD, dict(momentum=0.9, nesterov=True, weight_decay=0.1)),
     (torch.optim.AdamW, dict(weight_decay=0.1)),
@@ -28,16 +28,7 @@ def problem(device="cpu"):
 
 
 def training_step(model, opt):
-    def step(x, y):
-        def closure():
-            opt.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            return loss.detach()
-
-        return opt.step(closure)
-
-    return step
+    return lambda x, y: opt.step(train_closure(opt, model, x, y))
 
 
 def tensors(model, opt):
@@ -93,6 +84,8 @@ def test_a_captured_step_is_the_step(device, base, kwargs, steps_before):
     for m in (model, other):
         opt = SAM(m.parameters(), base, lr=0.125, rho=0.1, **kwargs)
         step = training_step(m, opt)
+        if not kwargs:
+            step = lambda x, y, m=m, opt=opt: mup2.train_epoch(m, opt, [(x, y)])
         for i in range(steps_before):
             step(x[i], y[i])
         if m is other:
@@ -105,33 +98,10 @@ def test_a_captured_step_is_the_step(device, base, kwargs, steps_before):
         for i in range(steps_before, 50):
             losses.append(step(x[i], y[i]).cpu().clone())
             scheduler.step()
+            m.train(kwargs != {})  # evaluation leaves it so; train_epoch goes back
         runs.append([torch.stack(losses).nan_to_num(), opt.param_groups[0]["lr"].cpu(), *tensors(m, opt)])
         assert opt.skipped_steps == 1 and losses[30 - steps_before].isnan()
     assert equal(*([t.nan_to_num() for t in run] for run in runs)) and runs[0][1] < 0.02
-
-
-@pytest.mark.parametrize("base, kwargs", BASES[1:])
-def test_a_captured_train_epoch_is_train_epoch(device, base, kwargs):
-    """Three epochs with a schedule, batch norm and a smaller last batch: losses, weights, buffers, state to the bit."""
-    model, x, y = problem(device)
-    batches, runs = [*zip(x[:4], y[:4]), (x[4, :7], y[4, :7])], []
-    for m in (model, copy.deepcopy(model)):
-        opt = SAM(m.parameters(), base, lr=0.125, rho=0.1, **kwargs)
-        step = lambda x, y, m=m, opt=opt: mup2.train_epoch(m, opt, [(x, y)])
-        replay = step
-        if m is model:
-            opt.param_groups[0]["lr"] = torch.tensor(0.125, device=device)
-        else:
-            replay = capture(step, m, opt, *batches[0])
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
-        losses = []
-        for _ in range(3):
-            for batch in batches:
-                losses.append((replay if len(batch[1]) == 12 else step)(*batch).cpu().clone())
-                scheduler.step()
-            m.eval()  # as evaluation leaves it
-        runs.append([torch.stack(losses), opt.param_groups[0]["lr"].cpu(), *tensors(m, opt)])
-    assert equal(*runs) and runs[0][0][-1] < runs[0][0][0] and runs[0][1] < 0.02
 
 
 @pytest.mark.parametrize("fails_in", [1, 4])
@@ -144,8 +114,7 @@ def test_a_step_that_fails_while_it_is_captured_leaves_nothing_behind(fails_in):
 
     def step(x, y):
         for take in (opt.first_step, opt.second_step):
-            opt.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            backward(model, x, y)
             passes.append(take)
             if len(passes) == 2 * fails_in:
                 raise RuntimeError("operation not permitted when stream is capturing")
@@ -174,25 +143,18 @@ def test_a_captured_step_refuses_what_it_does_not_read():
         replay(x[0], y[0])
 
 
-CANNOT = [
-    (ValueError, "without amsgrad", partial(SAM, base_optimizer=torch.optim.Adam, amsgrad=True)),
-    (ValueError, "same_randomness", partial(SAM, same_randomness=True)),
-    (ValueError, "RMSprop waits for the host", partial(SAM, base_optimizer=torch.optim.RMSprop)),
-    (ValueError, "take one step before", partial(SAM, momentum=0.9, dampening=0.1)),
-    (TypeError, "backend='compiled'", mup2_ref.SAM),
-    (TypeError, "backend='compiled'", partial(mup2.SAM, backend="torch")),
-]
-
-
-@pytest.mark.parametrize("error, message, kind", CANNOT)
-def test_optimizers_that_cannot_be_captured(error, message, kind):
+def test_what_cannot_be_captured():
     model, x, y = problem()
-    with pytest.raises(error, match=message):
-        Replayed(None).capture(model, kind(model.parameters(), lr=0.1), x[0], y[0])
-
-
-def test_calls_that_cannot_be_captured():
-    model, x, y = problem()
+    for error, message, kind in (
+        (ValueError, "without amsgrad", partial(SAM, base_optimizer=torch.optim.Adam, amsgrad=True)),
+        (ValueError, "same_randomness", partial(SAM, same_randomness=True)),
+        (ValueError, "RMSprop waits for the host", partial(SAM, base_optimizer=torch.optim.RMSprop)),
+        (ValueError, "take one step before", partial(SAM, momentum=0.9, dampening=0.1)),
+        (TypeError, "backend='compiled'", mup2_ref.SAM),
+        (TypeError, "backend='compiled'", partial(mup2.SAM, backend="torch")),
+    ):
+        with pytest.raises(error, match=message):
+            Replayed(None).capture(model, kind(model.parameters(), lr=0.1), x[0], y[0])
     opt = SAM(model.parameters())
     step = training_step(model, opt)
     with pytest.raises(ValueError, match="all of them on the GPU"):
@@ -201,7 +163,7 @@ def test_calls_that_cannot_be_captured():
         Replayed(step).capture(model, opt, x[0], y[0], warmup=0)
     with pytest.raises(ValueError, match="at least one input"):
         mup2.capture(step, model, opt)
-    nn.functional.cross_entropy(model(x[0]), y[0]).backward()
+    backward(model, x[0], y[0])
     opt.first_step()
     with pytest.raises(RuntimeError, match="weights are perturbed"):
         mup2.capture(step, model, opt, x[0], y[0])

@@ -1,21 +1,50 @@
-"""The perturbation check passes what is right, takes models of many kinds, and refuses what cannot be measured."""
+"""The perturbation check passes what is right, finds and names mistakes, and refuses what cannot be measured."""
 
 import functools
 import math
+import re
 import runpy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
-from check_models import LR, RHO, WIDTHS, Net, correct, initialised
 from torch import nn
 from torch.nn import functional as F
 
 from experiments import networks
 from mup2_fused import MLP, SAM, exponents, init_, param_groups
-from mup2_fused.check import WHOLE, check, command, measure
+from mup2_fused.check import QUANTITIES, WHOLE, check, command, measure
 
-mup = pytest.importorskip("mup", reason="pip install mup")
 SLOW = pytest.mark.slow
+WIDTHS = [32, 64, 128, 256]
+LR, RHO = 0.02, 0.02
+
+
+class Net(nn.Module):
+    """An MLP with biases and a normalization."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.first, self.norm = nn.Linear(20, n), nn.LayerNorm(n)
+        self.hidden, self.head = nn.Linear(n, n), nn.Linear(n, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.hidden(F.relu(self.norm(self.first(x))))))
+
+
+def initialised(model):
+    return init_(model, Net(WIDTHS[0]))
+
+
+def correct(scaling=exponents(), change=lambda group: group, **kwargs):  # noqa: B008 (immutable)
+    """A user's function that makes groups: right ones, but for the change."""
+
+    def groups(model):
+        initialised(model)
+        return [change(group) for group in param_groups(model, Net(WIDTHS[0]), scaling, lr=LR, rho=RHO, **kwargs)]
+
+    return groups
 
 
 class GPT(nn.Module):
@@ -76,9 +105,18 @@ def test_adaptive_variants_pass(variant):
     assert check(Net, WIDTHS, groups=correct(exponents(variant=variant))).passed, "the groups tell the variant"
 
 
+def default_biases(model):
+    """torch's, which are harmless."""
+    biases = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim == 1}
+    made = correct()(model)
+    for n, b in biases.items():
+        model.get_parameter(n).data.copy_(b)
+    return made
+
+
 def test_own_groups_that_are_right_pass():
-    assert check(Net, WIDTHS, groups=correct(), seeds=2).passed
-    assert check(Net, WIDTHS, groups=correct(weight_decay=0.1), seeds=2).passed
+    for groups in (correct(weight_decay=0.1), default_biases):
+        assert check(Net, WIDTHS, groups=groups).passed
     adam = correct(exponents(base_optimizer="adam"))
     assert check(Net, WIDTHS, groups=adam, base_optimizer="adam", seeds=2).passed
     mine = check(Net, WIDTHS, groups=correct(perturb=lambda name, p: p.ndim > 1), seeds=2)
@@ -103,24 +141,20 @@ def test_wrong_gradnorm_scaling_is_found_before_it_shows(network, scaling):
     assert "all perturbations vanish once it dominates: multiply gradnorm_scaling by n^(-1/2)" in str(report)
 
 
-@pytest.mark.parametrize("base", [16, 512])
-def test_right_groups_pass_whatever_their_base_and_values(base):
-    def groups(model):
-        init_(model, Net(base))
-        return param_groups(model, Net(base), lr=0.07, rho=0.11)
+def test_right_groups_pass_whatever_their_base_and_values():
+    """Wider or narrower than the models; the joint norm of Definition 4, too, whose other parts fall."""
+    for build, widths, base, kwargs in (
+        (Net, WIDTHS, 16, {}),
+        (Net, WIDTHS, 512, {}),
+        (lambda n: MLP(20, n, 10), [64, 128, 256, 512], 1, dict(scaling=exponents(norm="joint"))),
+    ):
 
-    assert check(Net, WIDTHS, groups=groups, seeds=2).passed
+        def groups(model, build=build, base=base, kwargs=kwargs):
+            init_(model, build(base))
+            return param_groups(model, build(base), lr=0.07, rho=0.05, **kwargs)
 
-
-def test_joint_norm_passes():
-    """Of Definition 4: other parts of the norm fall, and the same perturbations remain."""
-
-    def groups(model):
-        init_(model, MLP(20, 1, 10))
-        return param_groups(model, MLP(20, 1, 10), exponents(norm="joint"), lr=0.05, rho=0.05)
-
-    report = check(lambda n: MLP(20, n, 10), [64, 128, 256, 512], groups=groups)
-    assert report.passed, str(report)
+        report = check(build, widths, groups=groups, seeds=2)
+        assert report.passed, str(report)
 
 
 def test_a_plain_readout_with_a_division_takes_a_word():
@@ -140,17 +174,6 @@ def test_a_plain_readout_with_a_division_takes_a_word():
     without_word = check(Divides, WIDTHS, groups=groups)
     assert not without_word.passed and "or a role in the table is wrong: roles={name: role}" in str(without_word)
     assert check(Divides, WIDTHS, groups=groups, roles={"head.weight": "input"}).passed
-
-
-def test_torchs_default_biases_are_harmless():
-    def groups(model):
-        biases = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim == 1}
-        made = correct()(model)
-        for n, b in biases.items():
-            model.get_parameter(n).data.copy_(b)
-        return made
-
-    assert check(Net, WIDTHS, groups=groups).passed
 
 
 def test_a_readout_tied_to_the_embedding_blows_up():
@@ -175,6 +198,8 @@ def test_nothing_to_measure_is_no_success():
         check(lambda n: Net(32), [32, 64])
     with pytest.raises(ValueError, match="random data are for classifiers"):
         check(lambda n: MLP(20, n, 1), [32, 64])
+    with pytest.raises(ValueError, match="pass --input, or let the factory return"):
+        check(nn.LayerNorm, [8, 16])
     x = torch.randn(8, 20)
 
     def factory(n):
@@ -200,21 +225,15 @@ class Outputs(Net):
         return self.head(F.dropout(F.relu(self.first(x)), 0.5)).logsumexp(1).mean()
 
 
-@pytest.mark.parametrize("method", ["forward", "training_step"])
-def test_models_that_return_or_train_in_their_own_way(method):
-    x = torch.randn(32, 20)
-
-    def factory(n):
-        model = Outputs(n)
-        if method == "forward":
-            return model, lambda model: model(x)["out"].square().mean() + model(x)["out"].mean()
-        return model, lambda model: model.training_step(x)
-
-    state = torch.get_rng_state()
-    rows = {r.name: r for r in check(factory, [16, 32, 64], own_init=True).rows}
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not math.isnan(rows["head.weight"].slopes["update"].value)
-    assert math.isnan(rows[WHOLE].slopes["update"].value) == (method == "training_step")
+def test_models_that_return_or_train_in_their_own_way():
+    x, state = torch.randn(32, 20), torch.get_rng_state()
+    losses = lambda m: m(x)["out"].square().mean() + m(x)["out"].mean(), lambda m: m.training_step(x)
+    for loss, whole_is_measured in zip(losses, (True, False)):
+        report = check(lambda n, loss=loss: (Outputs(n), loss), [16, 32, 64], own_init=True)
+        rows = {r.name: r for r in report.rows}
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not math.isnan(rows["head.weight"].slopes["update"].value)
+        assert math.isnan(rows[WHOLE].slopes["update"].value) != whole_is_measured
 
 
 def test_a_wrong_role_is_found_without_own_groups():
@@ -230,38 +249,6 @@ def test_a_wrong_role_is_found_without_own_groups():
     report = check(Raw, WIDTHS, roles={"readout": "input"})
     assert not report.passed and report.rows[0].wrong[0] == "init" and "first.bias" in str(report).partition("* ")[2]
     assert "a role in the table is wrong" in str(report)
-
-
-# -------------------------------------------------------------------------------------- the mup package
-
-
-def with_mup(readout):
-    def factory(n):
-        def build(n):
-            torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(20, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), readout(n, 10))
-
-        return mup.set_base_shapes(build(n), build(32), delta=build(64), do_assert=False)
-
-    return factory
-
-
-def test_models_of_the_mup_package():
-    report = check(with_mup(mup.MuReadout), WIDTHS)
-    assert report.passed and report.rows[4].role == "output", str(report)
-
-    def mu_sgd(model):
-        return mup.MuSGD(param_groups(model, lr=None, rho=RHO), lr=LR).param_groups
-
-    assert check(with_mup(mup.MuReadout), WIDTHS, groups=mu_sgd).passed
-    for widths in ([64, 128, 256], [8, 16, 32]):  # wherever mup's base is
-        report = check(with_mup(mup.MuReadout), widths)
-        assert report.passed and [r.role for r in report.rows[::2]][:3] == ["input", "hidden", "output"], str(report)
-    forgotten = check(with_mup(nn.Linear), WIDTHS, groups=mu_sgd)  # for a Linear, MuSGD takes m where 1/m belongs
-    assert [r.name for r in forgotten.rows if "update" in r.wrong] == ["4.weight"], str(forgotten)
-
-
-# ------------------------------------------------------------------------------------------- the command
 
 
 def test_command(tmp_path, monkeypatch, capsys):
@@ -296,29 +283,163 @@ def test_command(tmp_path, monkeypatch, capsys):
         command.main(["my_model"])
 
 
-def test_inputs_that_cannot_be_guessed():
-    class Odd(nn.Module):
-        def __init__(self, n):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(1, 4, n))
-
-        def forward(self, x):
-            return (x + self.w).sum(1)[:, :5]
-
-    with pytest.raises(ValueError, match="pass --input, or let the factory return"):
-        check(Odd, [8, 16])
-
-
 def test_the_model_is_left_as_it_is_found():
     """Buffers are not updated by the probes of single modules, and hooks are gone."""
-    model = networks.ResNet18(4, 10)
-    x = torch.randn(4, 3, 8, 8)
-
-    def loss(m):
-        return m(x).square().mean()
-
+    model, x = networks.ResNet18(4, 10), torch.randn(4, 3, 8, 8)
     roles = dict.fromkeys(dict(model.named_parameters()), "hidden")
-    opt = SAM(model.parameters(), lr=0.0)
-    measure(model, loss, opt, roles, steps=0)
+    measure(model, lambda m: m(x).square().mean(), SAM(model.parameters(), lr=0.0), roles, steps=0)
     assert model.norm.num_batches_tracked == 5  # two passes, and the network's output at w, w + e and after the update
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def plain(model):
+    return [dict(params=initialised(model).parameters(), lr=LR, rho=RHO)]
+
+
+def base_as_wide(model):
+    return param_groups(initialised(model), Net(model.head.in_features), lr=LR, rho=RHO)
+
+
+def init_forgotten(model):
+    return param_groups(model, Net(WIDTHS[0]), lr=LR, rho=RHO)
+
+
+def constant_init(model):
+    """As in much code for transformers: the same standard deviation at every width."""
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.02)
+    return init_forgotten(model)
+
+
+def last_bias_like_the_others(model):
+    def split(g):
+        m = model.head.in_features / WIDTHS[0]
+        return g | dict(lr=LR * m, rho=RHO * m, gradnorm_scaling=m**0.5) if "head.bias" in g["names"] else g
+
+    return [split(g) for g in correct()(model)]
+
+
+def readout_in_no_group(model):
+    groups = correct()(model)
+    for g in groups:
+        g["params"] = [p for p in g["params"] if p is not model.head.weight]
+    return groups
+
+
+def without(key):
+    return correct(change=lambda group: {k: v for k, v in group.items() if k != key})
+
+
+def swapped(g):
+    return g | dict(rho=RHO * g["gradnorm_scaling"], gradnorm_scaling=g["rho"] / RHO)
+
+
+def upside_down(g):
+    """1/r where r belongs."""
+    return g | dict(rho=RHO**2 / g["rho"], gradnorm_scaling=1 / g["gradnorm_scaling"])
+
+
+class Mistake(NamedTuple):
+    groups: Callable
+    wrong: dict  # quantity -> parameters that must be found
+    advice: str  # what the report must say
+    options: dict | None = None  # of check()
+
+
+ELEMENTWISE = dict(variant="elementwise", rho=0.2)
+ALL = tuple(dict(Net(8).named_parameters()))
+VECTORS = ("first.bias", "norm.weight", "norm.bias", "hidden.bias")
+INPUT = ("first.weight", *VECTORS)
+HIDDEN, HEAD = ("hidden.weight",), ("head.weight",)
+WRONG_RATES = {"update": (*INPUT, *HEAD), "perturbation": INPUT}
+NOT_REACHED = "SAM does not reach this layer"
+MISTAKES = {
+    "no muP at all": Mistake(
+        plain,
+        WRONG_RATES | {"perturbation": (*INPUT, *HEAD)},
+        "rates and radii are the same at widths 32 and 256.*all layers have one radius: this is SAM without muP²",
+    ),
+    "SAM without muP²": Mistake(
+        correct(exponents("mup", "naive")),
+        {"perturbation": (*INPUT, *HIDDEN, *HEAD)},
+        f"SAM without muP².*first.weight.*perturbation vanishes as .*, {NOT_REACHED}",
+    ),
+    "global radius": Mistake(correct(exponents("mup", "global")), {"perturbation": (*INPUT, *HIDDEN)}, NOT_REACHED),
+    "base model as wide as the model": Mistake(
+        base_as_wide, WRONG_RATES, "base model is as wide as the model. Build the base model at one fixed width"
+    ),
+    "readout forgotten": Mistake(
+        correct(roles={"head.weight": "input"}),
+        {"update": HEAD, "perturbation": HEAD},
+        r"head.weight: update grows as n\^\(?[234].*: multiply the learning rate by n\^",
+    ),
+    "Adam's learning rates for SGD": Mistake(
+        correct(exponents(base_optimizer="adam")),
+        {"update": (*INPUT, *HIDDEN)},
+        r"update vanishes as n\^-1: multiply the learning rate by n\^1",
+    ),
+    "SGD's learning rates for Adam": Mistake(
+        correct(),
+        {"update": (*INPUT, *HIDDEN)},
+        r"update grows as n\^1: multiply the learning rate by n\^-1",
+        dict(base_optimizer="adam"),
+    ),
+    "readout in no group": Mistake(
+        readout_in_no_group, {"update": HEAD}, "head.weight: never updated: it is in no parameter group"
+    ),
+    "one learning rate": Mistake(
+        correct(change=lambda g: g | dict(lr=LR)), {"update": (*INPUT, *HEAD)}, "all layers have one learning rate"
+    ),
+    "one radius, muP²'s norm": Mistake(
+        correct(change=lambda g: g | dict(rho=RHO)), {"perturbation": INPUT}, "multiply rho by n"
+    ),
+    "gradnorm_scaling lost": Mistake(
+        without("gradnorm_scaling"),
+        {"perturbation": ALL, "norm share": HEAD},
+        r"all perturbations change alike, as n\^\(-1/2\).*'head.weight'.*gradnorm_scaling must go with rho",
+    ),
+    "factors swapped": Mistake(correct(change=swapped), {"perturbation": INPUT}, "multiply rho"),
+    "factors upside down": Mistake(correct(change=upside_down), {"perturbation": (*INPUT, *HEAD)}, "multiply rho"),
+    "last bias like the others": Mistake(
+        last_bias_like_the_others,
+        {"update": ("head.bias",), "perturbation": ("head.bias",)},
+        r"head.bias: perturbation grows as .*it will blow up",
+    ),
+    "init_ forgotten": Mistake(
+        init_forgotten,
+        {"init": HEAD},
+        r"initial weights are not muP's: correct them first.*head.weight: initial weights are n\^\(1/2\) times",
+    ),
+    "constant initial weights": Mistake(
+        constant_init,
+        {"init": (*HIDDEN, *HEAD)},
+        r"hidden.weight: initial weights are n\^\(1/2\).*head.weight: initial weights are n\^1",
+    ),
+    "elementwise ASAM with SAM's factors": Mistake(
+        without("variant"), {"perturbation": (*HIDDEN, *HEAD)}, NOT_REACHED, ELEMENTWISE
+    ),
+    "elementwise ASAM with d of the wrong sign": Mistake(
+        correct(exponents("mup", (0.5, (0, 0, 0)), "elementwise")),
+        {"perturbation": ("first.weight", *HIDDEN, *HEAD)},
+        r"vanishes as n\^-1",
+        ELEMENTWISE,
+    ),
+}
+LEARNING_RATES_ARE_RIGHT = ("SAM without muP²", "global radius", "gradnorm_scaling lost", "one radius, muP²'s norm")
+
+
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found_and_named(mistake, seeds):
+    groups, expected, advice, options = MISTAKES[mistake]
+    report = check(Net, WIDTHS, groups=groups, seeds=seeds, **(options or {}))
+    assert not report.passed
+    wrong = {q: {r.name for r in report.rows if q in r.wrong} for q in QUANTITIES}
+    for quantity, names in expected.items():
+        assert set(names) <= wrong[quantity], str(report)
+    printed = str(report)
+    assert re.search(advice, printed, re.DOTALL), printed
+    assert "FAILED" in printed
+    if mistake in LEARNING_RATES_ARE_RIGHT:
+        assert not wrong["update"] and not wrong["init"], printed

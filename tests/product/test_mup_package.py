@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from small_problems import assert_close, equal, train_closure
 from torch import nn
 
-import mup2_fused
 from experiments import networks
-from mup2_fused import exponents, init_, param_groups, report
+from mup2_fused import SAM, exponents, init_, param_groups, report
+from mup2_fused.check import check
 
 mup = pytest.importorskip("mup", reason="pip install mup")
 
@@ -42,19 +43,6 @@ def batch(dtype=torch.float64):
     return torch.randn(6, 3, 4, 4, dtype=dtype), torch.randint(5, (6,))
 
 
-def closure_of(model, opt, x, y):
-    def closure():
-        opt.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        return loss.detach()
-
-    return closure
-
-
-# ------------------------------------------------------------------------------------------- Algorithm 1
-
-
 def growth(p):
     """r of the paper's Algorithm 1, by infinite dimensions: 1, the multiplier, the growth of fan_out / fan_in."""
     sizes = [(d.dim, d.base_dim) for d in p.infshape if d.base_dim is not None]
@@ -71,7 +59,7 @@ def uneven(n, readout=nn.Linear):
 
 
 @pytest.mark.parametrize("network", [*NETWORKS, "uneven"])
-def test_step_equals_algorithm_1(network, SAM):
+def test_step_equals_algorithm_1(network):
     model = with_infshapes(NETWORKS.get(network, uneven)).double()
     r = {name: growth(p) for name, p in model.named_parameters()}
     assert set(r.values()) == {1.0, 4.0, 16.0, 0.25} if network == "uneven" else {1.0, 4.0}
@@ -88,23 +76,15 @@ def test_step_equals_algorithm_1(network, SAM):
         torch.testing.assert_close(p - before[name], -0.1 * r[name] * p.grad, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("perturbation", ["naive", "global"])
-def test_naive_and_global_are_plain_sam(network, perturbation):
+def test_naive_and_global_are_plain_sam(perturbation):
     """The readout's gradient is 1/n smaller here, so that hidden layers dominate and one radius is stable."""
-    groups = param_groups(with_infshapes(NETWORKS[network]), None, exponents("mup", perturbation), lr=0.1, rho=0.3)
+    groups = param_groups(with_infshapes(vit), None, exponents("mup", perturbation), lr=0.1, rho=0.3)
     assert {(g["rho"], g["gradnorm_scaling"]) for g in groups} == {(0.3, 1.0)}
     assert len({g["lr"] for g in groups}) > 1
-
-
-def test_global_is_refused_where_it_is_not_known():
-    model = with_infshapes(mlp)
     for name, perturb in (("ntp", "all"), ("mup", lambda name, p: p.ndim < 2)):
         with pytest.raises(ValueError, match="mup.MuReadout, 'global' needs 'mup' and all roles"):
-            param_groups(model, None, exponents(name, "global"), lr=0.1, rho=0.3, perturb=perturb)
-
-
-# ---------------------------------------------------------------------- with and without the multiplier
+            param_groups(with_infshapes(mlp), None, exponents(name, "global"), lr=0.1, rho=0.3, perturb=perturb)
 
 
 SCALINGS = {  # (perturbation, variant, norm) and which parameters are perturbed
@@ -142,8 +122,8 @@ def test_trajectories_do_not_depend_on_the_convention(network, scaling, base):
     losses = []
     for model, base_or_none in ((ours, base_model), (theirs, None)):
         groups = param_groups(model, base_or_none, e, lr=0.02, rho=0.1, weight_decay=0.1, perturb=perturb)
-        opt = mup2_fused.SAM(groups, kind, **kwargs)
-        losses.append([opt.step(closure_of(model, opt, x, y)).item() for _ in range(5)])
+        opt = SAM(groups, kind, **kwargs)
+        losses.append([opt.step(train_closure(opt, model, x, y)).item() for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9) and losses[0][0] != losses[0][-1]
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
         scale = a if p is readouts[0].weight else 1
@@ -164,12 +144,9 @@ def test_init_gives_the_same_function_in_both_conventions(network):
     assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-6) and ours(x).std() > 0.01
 
 
-# --------------------------------------------------------------------------- mup's own optimizers
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_mup_optimizers_as_base(network, base, SAM):
+def test_mup_optimizers_as_base(network, base):
     """They split and reorder groups and scale the learning rates; the result is that of scaled groups."""
     x, y = batch()
     model = with_infshapes(NETWORKS[network]).double()
@@ -181,44 +158,28 @@ def test_mup_optimizers_as_base(network, base, SAM):
     bare = param_groups(other, None, scaling, lr=None, rho=0.2)
     assert all("lr" not in g and "weight_decay" not in g for g in bare) and "-" in report(bare)
     torch_kind, mup_kind = {"sgd": (torch.optim.SGD, mup.MuSGD), "adam": (torch.optim.AdamW, mup.MuAdamW)}[base]
+    with pytest.raises(ValueError, match=r"scaled already: make them with param_groups\(lr=None\)"):
+        SAM(scaled, mup_kind)
     a, b = SAM(scaled, torch_kind), SAM(bare, mup_kind, lr=0.05, **kwargs)
     assert type(b.base_optimizer) is torch_kind and all("gradnorm_scaling" in g for g in b.param_groups)
     for opt, m in ((a, model), (b, other)):
         for _ in range(3):
-            opt.step(closure_of(m, opt, x, y))
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
+            opt.step(train_closure(opt, m, x, y))
+    assert_close(model.parameters(), other.parameters())
     again = SAM(param_groups(model, None, scaling, lr=None, rho=0.1), mup_kind, lr=0.01, **kwargs)
     again.load_state_dict(copy.deepcopy(b.state_dict()))  # their order of groups is a function of the model
     assert [g["lr"] for g in again.param_groups] == [g["lr"] for g in b.param_groups]
     model.load_state_dict(other.state_dict())
     for opt, m in ((again, model), (b, other)):
-        opt.step(closure_of(m, opt, x, y))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+        opt.step(train_closure(opt, m, x, y))
+    assert equal(model.parameters(), other.parameters())
 
 
-def test_plain_sam_in_muP_with_mup_alone(SAM):
+def test_plain_sam_in_muP_with_mup_alone():
     model = with_infshapes(mlp)
     opt = SAM(model.parameters(), mup.MuSGD, lr=0.05, rho=0.2, momentum=0.9)
     assert len({g["lr"] for g in opt.param_groups}) > 1 and {g["rho"] for g in opt.param_groups} == {0.2}
-    opt.step(closure_of(model, opt, *batch(torch.float32)))
-
-
-def test_learning_rates_are_never_scaled_twice(SAM):
-    groups = param_groups(with_infshapes(mlp), lr=0.05, rho=0.2)
-    with pytest.raises(ValueError, match=r"scaled already: make them with param_groups\(lr=None\)"):
-        SAM(groups, mup.MuSGD)
-
-
-@pytest.mark.parametrize("bad", [torch.optim.SGD([torch.zeros(2)], lr=0.1), "sgd", None, lambda groups: None, dict])
-def test_what_makes_no_optimizer_is_refused(bad, SAM):
-    with pytest.raises(TypeError, match="base_optimizer is a class"):
-        SAM([torch.zeros(2, requires_grad=True)], bad)
-    with pytest.raises(TypeError, match="Adadelta cannot be the base"):
-        SAM([torch.zeros(2, requires_grad=True)], lambda groups: torch.optim.Adadelta(groups))
-
-
-# ------------------------------------------------------------------------------------------- odd models
+    opt.step(train_closure(opt, model, *batch(torch.float32)))
 
 
 class Shared(nn.Module):
@@ -235,11 +196,8 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 def test_a_readout_shared_with_the_embedding_needs_no_word(base):
     model = mup.set_base_shapes(Shared(WIDE), Shared(BASE), delta=Shared(2 * BASE))
-    [g] = [
-        g
-        for g in param_groups(model, None, exponents(base_optimizer=base), lr=1.0, rho=1.0)
-        if "embed.weight" in g["names"]
-    ]
+    groups = param_groups(model, None, exponents(base_optimizer=base), lr=1.0, rho=1.0)
+    [g] = [g for g in groups if "embed.weight" in g["names"]]
     assert (g["rho"], g["gradnorm_scaling"], g["lr"]) == (M, M**0.5, M if base == "sgd" else 1)
 
 
@@ -289,20 +247,19 @@ def test_with_base_model_too(scaling):
         factors(narrower, mlp(BASE, mup.MuReadout))
 
 
-def test_base_optimizers_that_do_as_they_like(SAM):
-    class NoRate(torch.optim.Optimizer):
-        def __init__(self, params, alpha=0.1):
-            super().__init__(params, dict(alpha=alpha))
-
-        def step(self):
-            pass
-
-    groups = [{k: v for k, v in g.items() if k not in ("lr", "weight_decay")} for g in _groups()]
-    assert SAM(groups, NoRate).param_groups[0]["alpha"] == 0.1
-    model = with_infshapes(mlp)
-    with pytest.raises(ValueError, match="must make its optimizer from the groups that it is given"):
-        SAM(param_groups(model, lr=None, rho=0.2), lambda groups: mup.MuSGD(model.parameters(), lr=0.1))
+def with_mup(readout):
+    build = lambda n: nn.Sequential(nn.Linear(20, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), readout(n, 10))
+    return lambda n: mup.set_base_shapes(build(n), build(32), delta=build(64), do_assert=False)
 
 
-def _groups():
-    return param_groups(with_infshapes(mlp), lr=0.1, rho=0.2)
+def test_the_perturbation_check():
+    def mu_sgd(model):
+        return mup.MuSGD(param_groups(model, lr=None, rho=0.02), lr=0.02).param_groups
+
+    widths = [32, 64, 128, 256]
+    assert check(with_mup(mup.MuReadout), widths, groups=mu_sgd).passed
+    for some in (widths, [64, 128, 256], [8, 16, 32]):  # wherever mup's base is
+        report = check(with_mup(mup.MuReadout), some)
+        assert report.passed and [r.role for r in report.rows[::2]][:3] == ["input", "hidden", "output"], str(report)
+    forgotten = check(with_mup(nn.Linear), widths, groups=mu_sgd)  # for it, MuSGD takes m where 1/m belongs
+    assert [r.name for r in forgotten.rows if "update" in r.wrong] == ["4.weight"], str(forgotten)

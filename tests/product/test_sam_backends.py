@@ -1,8 +1,10 @@
-"""Which backend runs, what it says when it cannot, and what only the compiled one must be careful about."""
+"""Which backend runs, what it says when it cannot, and what only the compiled one must be careful about.
+
+Strides of every kind are in tests/kernels.
+"""
 
 import contextlib
 import copy
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_problems import closure_of, equal, parameters, set_gradients, two_steps, weights
+from small_problems import assert_close, equal, parameters, set_gradients, train_closure, two_steps, weights
 from torch import nn
 
 import mup2_fused as mup2
@@ -20,17 +22,6 @@ from mup2_fused import compiled_passes, torch_passes
 from mup2_fused.compiled_passes import CompiledPasses
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextlib.contextmanager
-def torch_passes_refused():
-    """An error if the compiled backend falls back to torch's operations."""
-    unused = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("climb", "restore", "descend")}
-    with mock.patch.multiple(torch_passes, **unused):
-        yield
-
-
-# ---------------------------------------------------------------------------------------- the choice
 
 
 def test_the_backend_that_was_asked_for_runs():
@@ -49,13 +40,12 @@ def test_sgd_and_adam_need_no_operations_of_torch(base):
     params = parameters()
     opt = mup2.SAM(params, base, lr=0.1, skip_nonfinite=True, backend="compiled")
     before = weights(params)
-    with torch_passes_refused():
-        for p in params:
-            p.grad = torch.ones_like(p)
+    unused = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("climb", "restore", "descend")}
+    with mock.patch.multiple(torch_passes, **unused):
+        set_gradients(params)
         opt.first_step()
         opt.restore()
-        opt.first_step()
-        opt.second_step()
+        two_steps(opt, params)
     assert not equal(params, before)
 
 
@@ -127,13 +117,6 @@ def test_devices_without_kernels(monkeypatch):
     monkeypatch.setattr(compiled_passes, "built_with_cuda", False)
     for device, words in (("cuda", "MUP2_CUDA=1"), ("mps", "not for mps"), ("meta", "")):
         assert words in compiled_passes.obstacle([{"params": [mock.Mock(device=torch.device(device))]}])
-    p = nn.Parameter(torch.randn(3, device="meta"))
-    p.grad = torch.zeros(3, device="meta")
-    with pytest.raises(RuntimeError, match="not for meta"):
-        mup2.SAM([p], lr=0.1).first_step()
-
-
-# ---------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("how", ["the same memory", "twice in a group", "overlapping"])
@@ -153,34 +136,23 @@ def test_parameters_that_share_memory(SAM, how):
         assert torch.equal(memory, before)
 
 
+@pytest.mark.parametrize("perturb", [True, False])
 @pytest.mark.parametrize("at_first", ["apart", "overlapping"])
-def test_parameters_that_move(SAM, at_first):
+def test_parameters_that_move(SAM, at_first, perturb):
     """Whether they share memory is found again when they lie elsewhere, in both passes."""
     memory = torch.zeros(11)
     places = {"apart": (torch.zeros(8), torch.zeros(6)), "overlapping": (memory[:8], memory[5:])}
     a, b = map(nn.Parameter, places[at_first])
-    opt = SAM([a, b], rho=0.5, lr=1.0)
+    opt = SAM([{"params": [a, b], "perturb": perturb}], rho=0.5, lr=1.0)
     for place in (at_first, *(places.keys() - {at_first})):
         a.data, b.data = places[place]
         before = weights([a, b])
         a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
         opt.first_step()
-        assert not torch.equal(a, before[0])
+        assert torch.equal(a, before[0]) != perturb
         opt.second_step()
         twice = torch.tensor([1.0] * 5 + [2.0] * 3) if place == "overlapping" else 1
         assert torch.equal(a, before[0] - twice), place
-
-
-def test_parameters_that_share_memory_and_are_not_perturbed(SAM):
-    """They are updated one after the other, as by torch."""
-    memory = torch.zeros(30_000)
-    a, b = nn.Parameter(memory), nn.Parameter(memory)
-    opt = SAM([{"params": [a, b], "perturb": False}], lr=1.0)
-    for p in (a, b):
-        p.grad = torch.ones_like(p)
-    opt.first_step()
-    opt.second_step()
-    assert (memory == -2).all()
 
 
 def test_elements_that_share_memory_are_refused_and_nothing_stays_perturbed(SAM):
@@ -191,62 +163,6 @@ def test_elements_that_share_memory_are_refused_and_nothing_stays_perturbed(SAM)
     with pytest.raises(RuntimeError):
         opt.first_step()
     assert equal([a, b], before)
-
-
-LAYOUTS = {
-    "channels_last": lambda: torch.randn(4, 6, 5, 3).contiguous(memory_format=torch.channels_last),
-    "transposed": lambda: torch.randn(70, 130).t(),
-    "strided": lambda: torch.randn(33, 64)[:, ::2],
-    "gaps": lambda: torch.randn(33, 64)[:, 3:40],
-    "size one": lambda: torch.randn(5, 1, 7).transpose(0, 1),
-    "scalar": lambda: torch.randn(()),
-}
-
-
-@pytest.mark.parametrize("gradient_like", ["parameter", "contiguous", "other"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_layouts(SAM, device, base, layout, gradient_like):
-    """Steps are those of a contiguous twin: elements are paired by index, not by address. Strides stay."""
-    start = LAYOUTS[layout]().to(device)
-    mine = nn.Parameter(torch.empty_strided(start.shape, start.stride(), device=device).copy_(start))
-    twin = nn.Parameter(start.detach().clone(memory_format=torch.contiguous_format))
-    kwargs = dict(lr=0.01, weight_decay=0.1) | ({"momentum": 0.9} if base is torch.optim.SGD else {})
-    a, b = SAM([mine], base, rho=0.5, **kwargs), SAM([twin], base, rho=0.5, **kwargs)
-    address, strides = mine.data_ptr(), mine.stride()
-    for n in range(6):
-        g = torch.randn(start.shape).to(device)
-        twin.grad, mine.grad = g.clone(), g.clone()
-        if gradient_like == "parameter":
-            mine.grad = torch.empty_strided(mine.shape, strides, device=device).copy_(g)
-        elif gradient_like == "other" and g.ndim > 1:
-            mine.grad = g.transpose(0, -1).contiguous().transpose(0, -1)
-        for opt in (a, b):
-            opt.second_step() if n % 2 else opt.first_step()
-        torch.testing.assert_close(mine, twin, rtol=2e-6, atol=2e-6)
-        assert torch.equal(mine.grad, g)
-    assert (mine.data_ptr(), mine.stride()) == (address, strides)
-    assert not torch.equal(mine, start)
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has gradients of the weight's type only"
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_float32_gradients_of_other_parameters(SAM, device, dtype):
-    p = nn.Parameter(torch.randn(50, 30).to(device, dtype))
-    p.grad_dtype = None
-    p.grad, before = torch.randn(50, 30, device=device), p.detach().double().clone()
-    opt = SAM([p], rho=5.0, lr=0.1)
-    opt.first_step()
-    g = p.grad.double()
-    tolerance = dict(rtol=1e-2, atol=1e-3) if dtype != torch.float64 else dict(rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(p.detach().double(), before + 5.0 * g / g.norm(), **tolerance)
-    opt.second_step()
-    torch.testing.assert_close(p.detach().double(), before - 0.1 * g, **tolerance)
-
-
-# ---------------------------------------------------------------------------------------- errors in the kernels' calls
 
 
 @pytest.mark.parametrize("call", ["climb", "descend"])
@@ -281,20 +197,6 @@ def test_an_error_in_the_update_leaves_the_weights_restored():
     assert equal(params, before)
 
 
-def test_norms_are_kept_for_diagnosis():
-    params = parameters(shapes=[(5,), (0,), (7,)])
-    groups = [{"params": params[:2]}, {"params": params[2:], "gradnorm_scaling": 2.0}]
-    opt = mup2.SAM(groups, lr=0.1, backend="compiled")
-    set_gradients(params)
-    opt.first_step()
-    joint, each = opt.passes.norms()
-    assert each == pytest.approx([params[0].grad.norm().item(), 0.0, 2 * params[2].grad.norm().item()])
-    assert joint == pytest.approx(math.hypot(*each))
-
-
-# ---------------------------------------------------------------------------------------- torch.compile
-
-
 @pytest.mark.parametrize("what", ["model", "training step"])
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the inductor itself
@@ -306,10 +208,7 @@ def test_compiled_training_is_eager_training(SAM, what, compiler):
     a, b = (SAM(m.parameters(), lr=0.1, rho=0.5, momentum=0.9) for m in (model, other))
 
     def step_of(m, opt):
-        def step(x, y):
-            return opt.step(closure_of(opt, None, lambda _: nn.functional.cross_entropy(m(x), y)))
-
-        return step
+        return lambda x, y: opt.step(train_closure(opt, m, x, y))
 
     eager, start = step_of(model, a), weights(model)
     if what == "model":
@@ -319,11 +218,12 @@ def test_compiled_training_is_eager_training(SAM, what, compiler):
     for _ in range(4):
         x, y = torch.randn(12, 5), torch.randint(3, (12,))
         torch.testing.assert_close(compiled(x, y), eager(x, y))
-    for p, q in zip((*model.parameters(), *model.buffers()), (*other.parameters(), *other.buffers()), strict=True):
-        torch.testing.assert_close(p, q)
+    results = [
+        [*m.parameters(), *m.buffers(), *(opt.state[p]["momentum_buffer"] for p in m.parameters())]
+        for m, opt in ((model, a), (other, b))
+    ]
+    assert_close(*results, rtol=1e-5, atol=1e-5)
     assert not equal(weights(model), start)
-    for p, q in zip(model.parameters(), other.parameters()):
-        torch.testing.assert_close(a.state[p]["momentum_buffer"], b.state[q]["momentum_buffer"])
 
 
 def test_the_compiler_leaves_the_passes_alone(SAM):
@@ -341,3 +241,20 @@ def test_the_compiler_leaves_the_passes_alone(SAM):
     for name, call in calls.items():
         torch.compile(call, backend=lambda graph, _: graphs.append(graph) or graph.forward)()
         assert not graphs, name
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has gradients of the weight's type only"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_float32_gradients_of_other_parameters(SAM, device, dtype):
+    p = nn.Parameter(torch.randn(50, 30).to(device, dtype))
+    p.grad_dtype = None
+    p.grad, before = torch.randn(50, 30, device=device), p.detach().double().clone()
+    opt = SAM([p], rho=5.0, lr=0.1)
+    opt.first_step()
+    g = p.grad.double()
+    tolerance = dict(rtol=1e-2, atol=1e-3) if dtype != torch.float64 else dict(rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(p.detach().double(), before + 5.0 * g / g.norm(), **tolerance)
+    opt.second_step()
+    torch.testing.assert_close(p.detach().double(), before - 0.1 * g, **tolerance)

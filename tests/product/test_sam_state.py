@@ -1,18 +1,21 @@
-"""State: checkpoints, copies, pickles, groups that are added, and loss scaling."""
+"""State: checkpoints, copies, pickles, groups that are added, and loss scaling.
+
+States that one kind of SAM saves and another one loads are in tests/equivalence.
+"""
 
 import copy
 import io
 import math
 import pickle
-from functools import partial
 
 import pytest
 import torch
 from small_problems import (
-    backward,
-    classification,
+    BASES,
+    assert_close,
     closure_of,
     equal,
+    ones_step,
     parameters,
     quadratic,
     set_gradients,
@@ -21,11 +24,6 @@ from small_problems import (
     weights,
 )
 from torch import nn
-
-import mup2_fused as mup2
-import mup2_ref
-
-BASES = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
 
 
 def trained(SAM, base=torch.optim.SGD, steps=3, **kwargs):
@@ -69,53 +67,13 @@ def test_training_goes_on_bit_for_bit(SAM, base, kwargs, how):
             assert torch.equal(value, new.state[q][key]), key
 
 
-KINDS = {
-    "torch": partial(mup2.SAM, backend="torch"),
-    "compiled": partial(mup2.SAM, backend="compiled"),
-    "reference": mup2_ref.SAM,
-}
-
-
-@pytest.mark.parametrize("base, kwargs", BASES)
-@pytest.mark.parametrize("source, target", [(a, b) for a in KINDS for b in KINDS if a != b])
-def test_a_state_saved_by_one_loads_in_the_other(device, base, kwargs, source, target):
-    if device == "cuda":
-        base, kwargs = torch.optim.AdamW, {}  # whose step counts may be on the host or on the device
-    params = [nn.Parameter(p.to(device)) for p in parameters()]
-    opt = KINDS[source](params, base, rho=0.1, lr=0.01, **kwargs)
-    for _ in range(3):
-        opt.step(closure_of(opt, params))
-    others = twins(params)
-    other = KINDS[target](others, base, rho=0.9, lr=1.0)
-    state = copy.deepcopy(opt.state_dict())
-    for own in state["state"].values():
-        assert own.get("step", torch.zeros(())).device.type == "cpu", "as torch saves it"
-    other.load_state_dict(state)
-    for _ in range(3):
-        opt.step(closure_of(opt, params))
-        other.step(closure_of(other, others))
-    for p, q in zip(params, others):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-        for key in opt.state[p]:
-            torch.testing.assert_close(opt.state[p][key].cpu(), other.state[q][key].cpu(), rtol=1e-5, atol=1e-7)
-
-
-def test_state_dict_has_momentum_names_and_no_backup(SAM):
-    model = nn.Linear(3, 2)
-    opt = SAM(model.named_parameters(), rho=0.1, lr=0.1, momentum=0.9)
-    opt.step(closure_of(opt, list(model.parameters())))
-    state = opt.state_dict()
-    assert set(state) == {"state", "param_groups"}
-    assert [set(s) for s in state["state"].values()] == [{"momentum_buffer"}] * 2
-    assert state["param_groups"][0]["param_names"] == ["weight", "bias"]
-
-
 def test_state_of_the_bare_base_optimizer_loads_and_keeps_the_factors(SAM):
     params = parameters()
     sgd = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.3, momentum=0.9)
     quadratic(params).backward()
     sgd.step()
     _, opt = trained(SAM, momentum=0.9)
+    assert [own.keys() for own in opt.state_dict()["state"].values()] == [{"momentum_buffer"}] * 3, "and no backup"
     saved = sgd.state_dict()
     saved["param_groups"][0]["variant"] = None  # as a SAM whose groups have none may save it
     opt.load_state_dict(copy.deepcopy(saved))
@@ -141,8 +99,8 @@ def test_copies_between_the_passes_are_whole(SAM, how, finite):
     new_params, new = ROUND_TRIPS[how](params, opt, SAM)
     assert equal(new_params, params) and equal(params, before) != finite
     assert new.skipped_steps == opt.skipped_steps == 0
-    for p, q in zip(params, new_params):
-        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    for p in (*params, *new_params):
+        p.grad = torch.ones_like(p)
     new.second_step()
     assert equal(params, before) != finite, "the original is still perturbed"
     opt.second_step()
@@ -190,21 +148,14 @@ def test_dampening_after_a_skipped_first_update(SAM, device):
     opt = SAM(params, rho=0.1, lr=1.0, momentum=0.9, dampening=0.5)
     empty = copy.deepcopy(opt.state_dict())
     for value in (math.nan, 1.0, 1.0):
-        params[0].grad = torch.full((5,), value, device=device)
-        opt.first_step()
-        opt.second_step()
+        ones_step(opt, params, value)
         opt = copy.deepcopy(opt)
         params = opt.param_groups[0]["params"]
     assert opt.skipped_steps == 1
     torch.testing.assert_close(params[0].detach(), torch.full((5,), -1.0 - 1.4, device=device))
     opt.load_state_dict(empty)
-    params[0].grad = torch.ones(5, device=device)
-    opt.first_step()
-    opt.second_step()
+    ones_step(opt, params)
     assert torch.equal(opt.state[params[0]]["momentum_buffer"], torch.ones(5, device=device))
-
-
-# ------------------------------------------------------------------------------------ a step without a first half
 
 
 class Plain(torch.optim.Optimizer):
@@ -237,20 +188,19 @@ def test_only_a_first_step_at_lr_0_with_gradients_0_may_lack_its_first_half(SAM,
         opt.step()
 
 
-# ------------------------------------------------------------------------------------ loss scaling
-
-
 def scaled_pass(scaler, opt, params):
     opt.zero_grad()
     scaler.scale(quadratic(params)).backward()
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("overflow_in", [None, 1, 2])
-def test_grad_scaler(SAM, overflow_in):
+@pytest.mark.parametrize("base, kwargs", BASES)
+def test_grad_scaler(SAM, base, kwargs, overflow_in, clip):
     """scaler.step(opt) must restore the weights on overflow too, keep momentum, and let the scaler adapt."""
     params = parameters()
     unscaled = twins(params)
-    opt, plain = (SAM(x, rho=0.1, lr=0.01, momentum=0.9) for x in (params, unscaled))
+    opt, plain = (SAM(x, base, rho=0.1, lr=0.01, **kwargs) for x in (params, unscaled))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(3):
         before = weights(params)
@@ -260,16 +210,23 @@ def test_grad_scaler(SAM, overflow_in):
                 params[0].grad[0, 0] = math.inf
             if n == 1:
                 opt.first_step()
+        if clip:  # belongs to the second pass
+            scaler.unscale_(opt)
+            assert nn.utils.clip_grad_norm_(params, 0.5) > 1
         scaler.step(opt)
         scaler.update()
         if step == 1 and overflow_in:
             assert equal(params, before) and opt.skipped_steps == 1
-            assert (params[1].grad.abs() < 100).all(), "gradients are unscaled in skipped steps, too"
-        else:
-            plain.step(closure_of(plain, unscaled))
+            assert clip or (params[1].grad.abs() < 100).all(), "gradients are unscaled in skipped steps, too"
+            continue
+        quadratic(unscaled).backward()
+        plain.first_step(zero_grad=True)
+        quadratic(unscaled).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(unscaled, 0.5)
+        plain.second_step(zero_grad=True)
     assert scaler.get_scale() == (2.0**9 if overflow_in == 2 else 2.0**10)
-    for p, q in zip(params, unscaled):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert_close(params, unscaled, rtol=1e-6, atol=1e-7)
 
 
 def test_calls_that_a_grad_scaler_cannot_make_leave_no_scale_behind(SAM):
@@ -288,85 +245,4 @@ def test_calls_that_a_grad_scaler_cannot_make_leave_no_scale_behind(SAM):
         expected = [p.detach() - 0.1 * p.grad for p in params]
         opt.first_step()
         opt.second_step()
-        for p, w in zip(params, expected):
-            torch.testing.assert_close(p.detach(), w)
-
-
-def test_clipping_with_a_grad_scaler_belongs_to_the_second_pass(SAM):
-    """In float64, against SAM's equations with clipping at every step."""
-    model, x, y = classification(mup2.MLP(5, 8, 3).double())
-    x, scaler = 100 * x.double(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    params = list(copy.deepcopy(model).parameters())
-    loss = lambda ps: nn.functional.cross_entropy(
-        torch.func.functional_call(model, dict(zip([n for n, _ in model.named_parameters()], ps)), (x,)), y
-    )
-    opt = SAM(model.parameters(), lr=0.1, rho=0.2)
-    for _ in range(4):
-        for n in (1, 2):
-            opt.zero_grad()
-            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
-            if n == 1:
-                opt.first_step()
-        scaler.unscale_(opt)
-        assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 1
-        scaler.step(opt)
-        scaler.update()
-        g = torch.autograd.grad(loss(params), params)
-        norm = sum(v.square().sum() for v in g).sqrt()
-        g = torch.autograd.grad(loss([p + 0.2 * v / norm for p, v in zip(params, g)]), params)
-        norm = sum(v.square().sum() for v in g).sqrt()
-        params = [(p - 0.1 * v / norm).detach().requires_grad_() for p, v in zip(params, g)]
-    for p, q in zip(model.parameters(), params):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)  # clipping divides by float32 numbers
-
-
-def float16_step(model, opt, scaler, x, y):
-    for n in (1, 2):
-        opt.zero_grad()
-        with torch.autocast("cpu", torch.float16):
-            loss = nn.functional.cross_entropy(model(x), y)
-        scaler.scale(loss).backward()
-        if n == 1:
-            opt.first_step()
-    scaler.step(opt)
-    scaler.update()
-
-
-@pytest.mark.parametrize("base, kwargs", BASES)
-def test_training_in_float16_from_a_scale_that_overflows(SAM, base, kwargs):
-    """Steps that overflow, in either pass, change nothing but the scale; the other ones train."""
-    model, x, y = classification(mup2.MLP(5, 8, 3))
-    start, first = weights(model), backward(model, x, y)
-    opt, scaler = SAM(model.parameters(), base, lr=0.05, rho=0.05, **kwargs), torch.amp.GradScaler("cpu", 2.0**26)
-    float16_step(model, opt, scaler, x, y)
-    assert scaler.get_scale() == 2.0**25 and opt.skipped_steps == 1 and equal(weights(model), start)
-    assert not any(value.any() for state in opt.state.values() for value in state.values())
-    for _ in range(60):
-        float16_step(model, opt, scaler, x, y)
-    assert 2 <= opt.skipped_steps < 30 and nn.functional.cross_entropy(model(x), y) < 0.6 * first
-
-    for where in (1, 2):
-        before, state, skipped = weights(model), copy.deepcopy(opt.state_dict()["state"]), opt.skipped_steps
-        passes, scale = [], scaler.get_scale()
-
-        def overflow(g, where=where, passes=passes):
-            passes.append(g)
-            return g * torch.inf if len(passes) == where else g
-
-        hook = model.layers[1].weight.register_hook(overflow)
-        float16_step(model, opt, scaler, x, y)
-        hook.remove()
-        assert equal(weights(model), before) and opt.skipped_steps == skipped + 1 and len(passes) == 2
-        assert scaler.get_scale() == (scale if where == 1 else scale / 2)  # the second pass was not at fault
-        torch.testing.assert_close(opt.state_dict()["state"], state, rtol=0, atol=0)
-        float16_step(model, opt, scaler, x, y)
-        assert not equal(weights(model), before)
-
-
-def test_bfloat16_weights_lose_most_of_a_small_perturbation(SAM):
-    """A limit of the number format, which seen_perturbation measures."""
-    w = nn.Parameter((0.02 * torch.randn(1000, 1000)).bfloat16())
-    w.grad = torch.randn(1000, 1000).bfloat16()
-    before = w.detach().clone()
-    SAM([w], rho=0.05, lr=0.1).first_step()
-    assert 0 < (w != before).float().mean() < 0.5
+        assert_close(params, expected, rtol=1e-6, atol=1e-6)

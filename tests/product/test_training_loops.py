@@ -5,23 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from small_problems import backward, classification, equal, weights
+from small_problems import BASES, VARIANTS, assert_close, backward, classification, equal, weights
 from torch import nn
 
 import mup2_fused as mup2
 import mup2_ref
 
-BASES = [(torch.optim.SGD, dict(momentum=0.9)), (torch.optim.AdamW, {})]
 
-# ------------------------------------------------------------------------------------------ train_epoch, evaluate
-
-
-@pytest.mark.parametrize("base, kwargs", BASES)
-def test_train_epoch_is_a_plain_loop(SAM, base, kwargs):
+def test_train_epoch_is_a_plain_loop(SAM):
     """The same weights, learning rates and mean loss at w, with a scheduler and a smaller last batch."""
     model, x, y = classification(mup2.MLP(5, 8, 3))
     other = copy.deepcopy(model)
-    a, b = (SAM(m.parameters(), base, lr=0.1, rho=0.1, **kwargs) for m in (model, other))
+    a, b = (SAM(m.parameters(), lr=0.1, rho=0.1, momentum=0.9) for m in (model, other))
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.9) for opt in (a, b)]
     batches = [(x[:8], y[:8]), (x[8:], y[8:])]
     for _ in range(3):
@@ -35,46 +30,24 @@ def test_train_epoch_is_a_plain_loop(SAM, base, kwargs):
             b.second_step()
             schedulers[1].step()
         assert model.training and torch.equal(loss, torch.stack(losses).mean())
+    with pytest.raises(ValueError, match="no batches"):
+        mup2.train_epoch(model, a, [])
     assert equal(weights(model), weights(other)) and a.param_groups[0]["lr"] == b.param_groups[0]["lr"] != 0.1
 
 
 def test_train_epoch_takes_any_optimizer():
     """The reference's SAM gets two passes, others one."""
     start, x, y = classification(mup2.MLP(5, 8, 3))
-    runs = {}
-    for name, kind in (
-        ("product", partial(mup2.SAM, rho=0.5)),
-        ("reference", partial(mup2_ref.SAM, rho=0.5)),
-        ("sgd", torch.optim.SGD),
-    ):
+    runs = []
+    for kind in (partial(mup2.SAM, rho=0.5), partial(mup2_ref.SAM, rho=0.5), torch.optim.SGD):
         model, calls = copy.deepcopy(start), []
         model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         mup2.train_epoch(model, kind(model.parameters(), lr=0.1), [(x, y)] * 3)
-        runs[name] = weights(model)
-        assert len(calls) == (3 if name == "sgd" else 6)
-    for p, q, r in zip(*runs.values()):
+        runs.append(weights(model))
+        assert len(calls) == (3 if kind is torch.optim.SGD else 6)
+    for p, q, r in zip(*runs):
         torch.testing.assert_close(p, q)
         assert not torch.equal(p, r)
-
-
-@pytest.mark.parametrize("which", [1, 2])
-def test_an_error_in_train_epoch_leaves_the_weights_as_they_were(SAM, which):
-    model, x, y = classification(mup2.MLP(5, 8, 3))
-    before, calls = weights(model), []
-
-    def loss_function(f, y):
-        calls.append(1)
-        if len(calls) == which:
-            raise KeyboardInterrupt
-        return nn.functional.cross_entropy(f, y)
-
-    opt = SAM(model.parameters(), lr=0.1, rho=0.5)
-    with pytest.raises(KeyboardInterrupt):
-        mup2.train_epoch(model, opt, [(x, y)], loss_function=loss_function)
-    assert equal(weights(model), before)
-    mup2.train_epoch(model, opt, [(x, y)], loss_function=loss_function)
-    with pytest.raises(ValueError, match="no batches"):
-        mup2.train_epoch(model, opt, [])
 
 
 @pytest.mark.parametrize("base, kwargs", BASES)
@@ -98,9 +71,6 @@ def test_evaluate_sums_over_samples():
     exact = mup2.evaluate(model, [(x, y)])
     torch.testing.assert_close(exact[0].float(), nn.functional.cross_entropy(f, y, reduction="sum"))
     assert exact[1] == (f.argmax(1) == y).sum()
-
-
-# ---------------------------------------------------------------------------------------- batch norm
 
 
 class Assigns(nn.Module):
@@ -166,15 +136,11 @@ def test_frozen_buffers_of_every_kind():
     assert model[1].running_mean.abs().max() == 0 and model[1].num_batches_tracked == 0
 
 
-# ------------------------------------------------------------------------------------------ accumulation
-
-
-@pytest.mark.parametrize("sizes", [[12], [4, 4, 4], [5, 7], [1] * 12, [12, 0], [3, 0, 9]], ids=str)
-@pytest.mark.parametrize("base, kwargs", BASES)
-def test_accumulation_equals_the_large_batch(SAM, sizes, base, kwargs):
+@pytest.mark.parametrize("sizes", [[5, 7], [1] * 12, [3, 0, 9]], ids=str)
+def test_accumulation_equals_the_large_batch(SAM, sizes):
     model, x, y = classification(mup2.MLP(5, 8, 3).double())
     x, other = x.double(), copy.deepcopy(model)
-    a, b = (SAM(m.parameters(), base, lr=0.05, rho=0.1, **kwargs) for m in (model, other))
+    a, b = (SAM(m.parameters(), lr=0.05, rho=0.1, momentum=0.9) for m in (model, other))
     micro_batches = list(zip(x.split(sizes), y.split(sizes)))
     passes = []
 
@@ -187,21 +153,13 @@ def test_accumulation_equals_the_large_batch(SAM, sizes, base, kwargs):
         loss = a.step(closure)
         torch.testing.assert_close(loss, b.step(lambda: backward(other, x, y)), rtol=1e-12, atol=0)
     assert len(passes) == 10 and passes[1] > passes[0]
-    for p, q in zip(model.parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-
-
-def test_nothing_to_accumulate():
-    model, x, y = classification(mup2.MLP(5, 8, 3))
+    assert_close(model.parameters(), other.parameters())
     for nothing in ([], [(x[:0], y[:0])]):
         with pytest.raises(ValueError, match="no micro-batches"):
             mup2.accumulate(model, nothing)
 
 
-# ------------------------------------------------------------------------------------------ what rounding leaves
-
-
-@pytest.mark.parametrize("variant", ["sam", "elementwise", "layerwise"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_seen_perturbation_of_several_tensors(SAM, variant, maximize):
     """Against a loop in float64; nothing changes, and a step may follow."""
