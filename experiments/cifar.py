@@ -15,74 +15,60 @@ class DataError(Exception):
     """A data file is missing or damaged. The message says which one, and what to do."""
 
 
-class Version(NamedTuple):
-    """One way in which a data set is published."""
-
-    archive: str
-    folder: str  # inside the archive
-    train: list[str]  # file names
-    test: str
-
-
 class Cifar(NamedTuple):
-    """How one of the two data sets is stored."""
+    """How one of the two data sets is stored, in each of its versions."""
 
     title: str
-    python: Version
-    binary: Version
+    folders: dict[str, str]  # version -> the folder inside its archive
+    files: list[str]  # of the python version; those of the binary one end in .bin. The last file has the test images
     classes: int
     labels: bytes  # the key of the labels in the python version
     label_bytes: int  # in front of the pixels of a record in the binary version; the last of them is the label
 
+    def archive(self, version: str) -> str:
+        return f"{self.title.lower()}-{version}.tar.gz"
+
 
 CIFAR = {
     "cifar10": Cifar(
-        "CIFAR-10",
-        Version(
-            "cifar-10-python.tar.gz", "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch"
-        ),
-        Version(
-            "cifar-10-binary.tar.gz",
-            "cifar-10-batches-bin",
-            [f"data_batch_{i}.bin" for i in range(1, 6)],
-            "test_batch.bin",
-        ),
-        10,
-        b"labels",
-        1,
+        title="CIFAR-10",
+        folders={"python": "cifar-10-batches-py", "binary": "cifar-10-batches-bin"},
+        files=[*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
+        classes=10,
+        labels=b"labels",
+        label_bytes=1,
     ),
     "cifar100": Cifar(
-        "CIFAR-100",
-        Version("cifar-100-python.tar.gz", "cifar-100-python", ["train"], "test"),
-        Version("cifar-100-binary.tar.gz", "cifar-100-binary", ["train.bin"], "test.bin"),
-        100,
-        b"fine_labels",
-        2,
+        title="CIFAR-100",
+        folders={"python": "cifar-100-python", "binary": "cifar-100-binary"},
+        files=["train", "test"],
+        classes=100,
+        labels=b"fine_labels",
+        label_bytes=2,
     ),
 }
 
 
 def read(kind: Cifar, root: Path) -> tuple[Arrays, Arrays]:
     """(train, test). root: the unpacked folder, or a folder that holds it or the archive. Raises DataError."""
-    for version in (kind.python, kind.binary):
-        names = [*version.train, version.test]
-        if (root / version.folder).is_dir() or root.name == version.folder:
-            source = root if root.name == version.folder else root / version.folder
+    for version, folder in kind.folders.items():
+        names = [name + ".bin" * (version == "binary") for name in kind.files]
+        source = root if root.name == folder else root / folder
+        if source.is_dir() or source == root:
             contents = [file_bytes(source / name) for name in names]
-        elif (root / version.archive).is_file():
-            source = root / version.archive
-            contents = tar_bytes(source, [f"{version.folder}/{name}" for name in names], kind)
+        elif (source := root / kind.archive(version)).is_file():
+            contents = tar_bytes(source, [f"{folder}/{name}" for name in names], kind)
         else:
             continue
-        parse = parse_python if version is kind.python else parse_binary
+        parse = parse_python if version == "python" else parse_binary
         parts = [parse(content, f"{name} of {source}", kind) for name, content in zip(names, contents)]
-        x, y = np.concatenate([x for x, _ in parts[:-1]]), np.concatenate([y for _, y in parts[:-1]])
+        x, y = (np.concatenate(arrays) for arrays in zip(*parts[:-1]))
         if not x.std((0, 2, 3)).all():
             raise DataError(f"{source}: a colour channel is constant; the archive is damaged, download it again")
         return (x, y), parts[-1]
     raise DataError(
-        f"no {kind.title} in {root}: expected {kind.python.archive} or {kind.binary.archive}, "
-        f"or one of the folders {kind.python.folder} or {kind.binary.folder} that they unpack to"
+        f"no {kind.title} in {root}: expected {' or '.join(map(kind.archive, kind.folders))}, "
+        f"or one of the folders {' or '.join(kind.folders.values())} that they unpack to"
     )
 
 

@@ -41,9 +41,6 @@ FACTS = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the colours, as everybody uses them
 
 
-# ------------------------------------------------------------------------------------------------- as tensors
-
-
 def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     """(train inputs, train labels), (test inputs, test labels); inputs are standardized, labels are 0, 1, ...
 
@@ -54,12 +51,8 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     if name.startswith("noisy-"):
         (x, y), test = load(name.removeprefix("noisy-"), root)
         return (x, with_noise(y)), test
-    if name == "mnist1d":
-        return load_mnist1d()
-    if name == "digits":
-        return load_digits()
-    if name not in CIFAR:
-        raise DataError(f"unknown data set {name!r}; choose 'mnist1d', 'digits', 'cifar10' or 'cifar100'")
+    if name in ("mnist1d", "digits"):
+        return load_mnist1d() if name == "mnist1d" else load_digits()
     splits = read(CIFAR[name], folder(name, root))
     mean, std = (s[:, None, None] for s in colours(splits[0][0]))
     return tuple(
@@ -101,9 +94,6 @@ def load_digits() -> tuple[Split, Split]:
     return (x[train], y[train].long()), (x[test], y[test].long())
 
 
-# ------------------------------------------------------------------------------------------------- as images
-
-
 class Images(NamedTuple):
     """Map-style data sets of (image, label), and the sizes that a network needs."""
 
@@ -124,7 +114,7 @@ def images(name: str, root: str | Path | None = None) -> Images:
         return imagenet(folder(name, root))
     if name in CIFAR:
         splits = read(CIFAR[name], folder(name, root))
-        v2 = import_v2()
+        v2 = import_torchvision().transforms.v2
         last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*(s.tolist() for s in colours(splits[0][0])))]
         augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
         if name == "cifar100":
@@ -147,8 +137,7 @@ def import_torchvision() -> ModuleType:
     """torchvision, also where its compiled operators do not fit torch (a build for CUDA beside a torch for the CPU).
 
     Importing torchvision then fails, because it describes operators that were never loaded. They serve object
-    detection, and nothing here calls them: it is enough to declare their names. Raises DataError if torchvision is not
-    installed.
+    detection, which nothing here uses: it is enough to declare their names. DataError if torchvision is not installed.
     """
     try:
         import torchvision
@@ -162,15 +151,9 @@ def import_torchvision() -> ModuleType:
             torch.library.define(f"torchvision::{operator}", signature)
         for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:  # what was imported so far
             del sys.modules[module]
-        import torchvision
+    import torchvision.transforms.v2
+
     return torchvision
-
-
-def import_v2() -> ModuleType:
-    import_torchvision()
-    from torchvision.transforms import v2
-
-    return v2
 
 
 class Pixels(Dataset):
@@ -187,15 +170,14 @@ class Pixels(Dataset):
 
 
 def imagenet(root: Path) -> Images:
-    v2 = import_v2()
-    from torchvision.datasets import ImageFolder
-
+    torchvision = import_torchvision()
+    v2, folders = torchvision.transforms.v2, torchvision.datasets.ImageFolder
     last = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     augment = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *last])
     center = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *last])
     try:
-        train = ImageFolder(root / "train", augment, loader=rgb)
-        test = ImageFolder(root / "val", center, loader=rgb)
+        train = folders(root / "train", augment, loader=rgb)
+        test = folders(root / "val", center, loader=rgb)
     except OSError as error:
         raise DataError(f"no ImageNet in {root}, which must hold train/CLASS/* and val/CLASS/*: {error}") from error
     if train.classes != test.classes:

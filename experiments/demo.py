@@ -16,15 +16,14 @@ import signal
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments import figures
-from experiments.sweep import METHODS, NETWORKS, Place, Run, sweep
+from experiments.sweep import METHODS, Place, Rows, Run, score, sweep
 from experiments.training import BACKENDS, at_least
 
 TITLES = {"SP-naive": "plain SAM", "muP-naive": "muP, one radius for all layers"}  # of methods, if not their names
 NETWORK, DATA, LR, EPOCHS = "mlp-adamw", "noisy-digits", 0.005, 10
-WIDTHS = [32, 128, 512]
 RHOS = [0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0]
 
 
@@ -59,15 +58,15 @@ class Seen(NamedTuple):
         return self.mean(self.wide, self.best_rho(self.wide)) - self.kept
 
 
-def seen(
-    runs: dict[Run, dict[str, Any]], method: str, widths: list[int], rhos: list[float], seeds: int, lr: float = LR
-) -> Seen:
-    def score(width: int, rho: float, seed: int) -> float:
-        row = runs[Run(DATA, method, width, lr, rho, seed, EPOCHS, NETWORK)]
-        return row[NETWORKS[NETWORK].score] or 0.0
+def run_at(seed: int, method: str, width: int, rho: float, lr: float) -> Run:
+    return Run(DATA, method, width, lr, rho, seed, EPOCHS, NETWORK)
 
-    points = {w: {rho: [score(w, rho, seed) for seed in range(seeds)] for rho in rhos} for w in widths}
-    return Seen(TITLES.get(method, method), points)
+
+def seen(runs: Rows, method: str, widths: list[int], rhos: list[float], seeds: int, lr: float = LR) -> Seen:
+    def scores(width: int, rho: float) -> list[float]:
+        return [score(runs, run_at(seed, method, width, rho, lr)) for seed in range(seeds)]
+
+    return Seen(TITLES.get(method, method), {w: {rho: scores(w, rho) for rho in rhos} for w in widths})
 
 
 def sentence(plain: Seen, scaled: Seen) -> str:
@@ -117,7 +116,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder of demo.jsonl and demo.png")
     add("--methods", nargs="+", choices=METHODS, default=["SP-naive", "muP²"], help="a panel for each")
-    add("--widths", nargs="+", type=at_least(1, int), default=WIDTHS)
+    add("--widths", nargs="+", type=at_least(1, int), default=[32, 128, 512])
     add("--rhos", nargs="+", type=at_least(0, float), default=RHOS)
     add("--lr", type=at_least(0, float), default=LR, help="of every width; the default is the best one at width 32")
     add("--seeds", type=at_least(1, int), default=8)
@@ -129,8 +128,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    points = itertools.product(range(args.seeds), args.methods, args.widths, args.rhos)
-    runs = [Run(DATA, method, width, args.lr, rho, seed, EPOCHS, NETWORK) for seed, method, width, rho in points]
+    points = itertools.product(range(args.seeds), args.methods, args.widths, args.rhos, [args.lr])
+    runs = [run_at(*point) for point in points]
     try:
         done = sweep(runs, args.out / "demo.jsonl", Place(backend=args.backend, jobs=args.jobs), "demo")
     except KeyboardInterrupt:

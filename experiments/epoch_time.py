@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from experiments import data
 from experiments.epoch_time_tables import format_steps, format_table
 from experiments.presets import PRESETS, width
 from experiments.presets import parse_args as parse_run
-from experiments.run_files import write_json
 from experiments.training import (
     AMP,
     Batch,
@@ -44,6 +43,7 @@ from experiments.training import (
     has_kernels,
     is_cuda,
     precision,
+    write_json,
 )
 from experiments.vision_run import build_model, build_optimizer
 
@@ -55,9 +55,6 @@ def possible_ways(args: argparse.Namespace) -> list[str]:
     fused = has_kernels(args.device)
     graph = fused and is_cuda(args.device) and args.amp != "fp16"  # a GradScaler looks at values on the host
     return ["base", "reference", *["fused"] * fused, *["graph"] * graph]
-
-
-# ------------------------------------------------------------------------------------------------- steps
 
 
 class Stopwatch:
@@ -97,9 +94,8 @@ def build(way: str, flags: list[str]) -> tuple[torch.optim.Optimizer, Training, 
     optimizer = build_optimizer(args, model, base, mup2_ref.SAM if way == "reference" else mup2.SAM)
     autocast, scaler = precision(args.device, args.amp)
     batch = tuple(t.to(args.device) for t in data.synthetic(args.data, args.batch_size))
-    if way == "graph":
-        return optimizer, Training(model, optimizer, autocast=autocast, example=batch), batch
-    return optimizer, Training(model, optimizer, autocast=autocast, scaler=scaler), batch
+    options = {"example": batch} if way == "graph" else {"scaler": scaler}
+    return optimizer, Training(model, optimizer, autocast=autocast, **options), batch
 
 
 def step_times(training: Training, batch: Batch, steps: int) -> list[float]:
@@ -120,7 +116,19 @@ def step_times(training: Training, batch: Batch, steps: int) -> list[float]:
 def share_of_sam(optimizer: Any, training: Training, batch: Batch, steps: int) -> float:
     """What part of a training step first_step() and second_step() are. The optimizer is not to be used afterwards."""
     watch = Stopwatch(batch[0].is_cuda)
-    optimizer.first_step, optimizer.step = watch.watched(optimizer.first_step), watch.watched(optimizer.step)
+    first, second = watch.watched(optimizer.first_step), watch.watched(optimizer.step)
+
+    def step(closure: Callable | None = None) -> Any:
+        """The reference gets a closure. Its passes are not to be counted."""
+        if closure is None:
+            return second()
+        loss = closure()
+        first()
+        closure()
+        second()
+        return loss
+
+    optimizer.first_step, optimizer.step = first, step
     seconds = step_times(training, batch, steps)
     calls = watch.seconds()[::2]  # every other interval lies between two calls
     both = [first + second for first, second in zip(calls[::2], calls[1::2], strict=True)]
@@ -168,9 +176,6 @@ def measure(flags: list[str], steps: int) -> dict[str, Any]:
     return row
 
 
-# ------------------------------------------------------------------------------------------------- command
-
-
 def key(row: dict[str, Any]) -> tuple:
     return tuple(row[k] for k in ("preset", "width_multiplier", "batch_size", "amp"))
 
@@ -206,15 +211,14 @@ def measure_all(args: argparse.Namespace, path: Path | None, device: str) -> lis
     """A row for each preset and width multiplier; each is printed, and written if there is a path, when it is done."""
     kept = read_rows(path, device) if path is not None else {}
     rows = []
-    for preset in args.presets:
-        for multiplier in args.width_multipliers:
-            flags = ["--preset", preset, "--width-multiplier", multiplier, "--amp", args.amp, "--device", args.device]
-            flags += ["--batch-size", args.batch_size] if args.batch_size else []
-            rows.append(measure(flags, args.steps))
-            print("\n".join(format_steps(rows[-1:]).splitlines()[2:]), file=sys.stderr, flush=True)
-            if path is not None:
-                kept |= {key(rows[-1]): rows[-1]}
-                write_json(path, {"device": device, "data": "synthetic", "rows": [*kept.values()]})
+    for preset, multiplier in product(args.presets, args.width_multipliers):
+        flags = ["--preset", preset, "--width-multiplier", multiplier, "--amp", args.amp, "--device", args.device]
+        flags += ["--batch-size", args.batch_size] if args.batch_size else []
+        rows.append(measure(flags, args.steps))
+        print("\n".join(format_steps(rows[-1:]).splitlines()[2:]), file=sys.stderr, flush=True)
+        if path is not None:
+            kept |= {key(rows[-1]): rows[-1]}
+            write_json(path, {"device": device, "data": "synthetic", "rows": [*kept.values()]})
     return rows
 
 

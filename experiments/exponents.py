@@ -64,10 +64,6 @@ class Row(NamedTuple):
         exponents = self.exponents(self.perturbed)
         return mup2.predict(exponents, at_init=self.parameterization == "sp", perturbed=self.perturbed)
 
-    def steps(self) -> int:
-        """SAM steps before the one that is measured."""
-        return 0 if self.parameterization == "sp" else 2
-
 
 def rows() -> list[Row]:
     result = [Row("D.1", p, p, "naive") for p in PARAMETERIZATIONS]
@@ -82,23 +78,17 @@ def rows() -> list[Row]:
     for label, variant, perturb in kinds:
         for p in ("naive", "global", "effective"):
             result.append(Row("1", f"{label}, {'muP²' if p == 'effective' else p}", "mup", p, variant, perturb))
-    for label, variant, perturb in kinds:
-        result.append(Row("A1", f"{label}, muP², base width 64", "mup", "effective", variant, perturb, "decoupled", 64))
-    return result
+    with_base = {f"{label}, muP², base width 64": kind for label, *kind in kinds}
+    return result + [Row("A1", n, "mup", "effective", *kind, "decoupled", 64) for n, kind in with_base.items()]
 
 
 def network(width: int, with_norm: bool) -> nn.Module:
     if not with_norm:
         return mup2.MLP(D_IN, width, D_OUT)
-    return nn.Sequential(
-        nn.Linear(D_IN, width, bias=False),
-        nn.LayerNorm(width),
-        nn.ReLU(),
-        nn.Linear(width, width, bias=False),
-        nn.LayerNorm(width),
-        nn.ReLU(),
-        nn.Linear(width, D_OUT, bias=False),
-    )
+    layers: list[nn.Module] = []
+    for d_in in (D_IN, width):
+        layers += [nn.Linear(d_in, width, bias=False), nn.LayerNorm(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, D_OUT, bias=False))
 
 
 @torch.no_grad()
@@ -137,24 +127,19 @@ def measure(row: Row, width: int, seed: int) -> dict[str, list[float]]:
         loss.backward()
         return loss.detach()
 
-    for _ in range(row.steps()):
+    for _ in range(0 if row.parameterization == "sp" else 2):
         optimizer.step(closure)
-    gradient, effect, update = measure_step(model, optimizer, closure, probe)
-    matrices = [layer for layer in gradient if isinstance(layer, nn.Linear)]
-    norms = [layer for layer in gradient if isinstance(layer, nn.LayerNorm)]
-    effects = [effect[layer] for layer in matrices]
+    found = measure_step(model, optimizer, closure, probe)
+    result = {q: [value for layer, value in found[q].items() if isinstance(layer, nn.Linear)] for q in QUANTITIES}
     if with_norm:
-        effects = [float(np.mean([effect[layer] for layer in norms])), float("nan"), float("nan")]
-    return {
-        "effect": effects,
-        "update": [update[layer] for layer in matrices],
-        "gradient": [gradient[layer] for layer in matrices],
-    }
+        norms = [value for layer, value in found["effect"].items() if isinstance(layer, nn.LayerNorm)]
+        result["effect"] = [float(np.mean(norms)), float("nan"), float("nan")]
+    return result
 
 
 def measure_step(
     model: nn.Module, optimizer: mup2.SAM, closure: Callable[[], Any], probe: torch.Tensor
-) -> tuple[dict[nn.Module, float], ...]:
+) -> dict[str, dict[nn.Module, float]]:
     """By layer: norm of the gradient, and the rms changes of its output by the perturbation and by the update."""
     before_inputs = layer_inputs(model, probe)
     before = outputs(before_inputs)
@@ -168,7 +153,7 @@ def measure_step(
     effect = {layer: rms(climbed[layer] - out) for layer, out in outputs(climbed_inputs).items()}
     optimizer.base_optimizer.step()
     update = {layer: rms(out - before[layer]) for layer, out in outputs(before_inputs).items()}
-    return gradient, effect, update
+    return {"effect": effect, "update": update, "gradient": gradient}
 
 
 def rms(x: torch.Tensor) -> float:
@@ -187,13 +172,10 @@ def measure_all(table: list[Row], widths: list[int], seeds: int, jobs: int) -> d
     tasks = [(row, width, seed) for row in table for width in widths for seed in range(seeds)]
     tasks.sort(key=lambda task: -task[1])
     progress = dict(desc="measuring", mininterval=1, total=len(tasks))
-    if jobs == 1:
-        measured = {task: measure(*task) for task in tqdm(tasks, **progress)}
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-            futures = [pool.submit(measure, *task) for task in tasks]
-            measured = {task: f.result() for task, f in tqdm(zip(tasks, futures), **progress)}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(measure, *task) for task in tasks]
+        measured = {task: future.result() for task, future in tqdm(zip(tasks, futures), **progress)}
     return {
         row: {q: np.array([[measured[row, w, s][q] for s in range(seeds)] for w in widths]) for q in QUANTITIES}
         for row in table
@@ -242,7 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--jobs", type=int, default=2, help="processes; 1: this one only")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--tolerance", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -283,10 +265,8 @@ def plot(widths: list[int], results: list[dict], path: Path) -> None:
         axis.set_xticks(widths, [str(w) for w in widths])
         axis.minorticks_off()
         axis.legend(title="measured slope (predicted)", fontsize=8, title_fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("width n")
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"effect on the layer's output\nrelative to width {widths[0]}")
+    plt.setp(axes[1], xlabel="width n")
+    plt.setp(axes[:, 0], ylabel=f"effect on the layer's output\nrelative to width {widths[0]}")
     figure.savefig(path, dpi=100)
 
 

@@ -43,12 +43,11 @@ class ResNet18(nn.Module):
         self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         sizes = [width, width, 2 * width, 4 * width, 8 * width]
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(Block(c_in, c_out, 1 if stage == 0 else 2), Block(c_out, c_out, 1))
-                for stage, (c_in, c_out) in enumerate(pairwise(sizes))
-            )
+        stages = (
+            nn.Sequential(Block(c_in, c_out, stride), Block(c_out, c_out, 1))
+            for (c_in, c_out), stride in zip(pairwise(sizes), (1, 2, 2, 2))
         )
+        self.stages = nn.Sequential(*stages)
         self.head = readout(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,5 +132,4 @@ def zero_queries_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.query.weight.zero_()
-            if module.query.bias is not None:
-                module.query.bias.zero_()
+            module.query.bias.zero_()

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from experiments.figures import deviation
-from experiments.sweep import ALONE, METHODS, NETWORKS, Run
+from experiments.sweep import ALONE, METHODS, Rows, score
 
 QUARTER_DECADES = [round(10 ** (k / 4), 4) for k in range(-12, 5)]  # 0.001 ... 10
 COLLAPSE = 5.0  # points below the base optimizer at the same lr: from there on a radius counts as unstable
@@ -30,12 +30,12 @@ class Optima:
     mean over the slice's seeds. Where the narrowest width's best (lr, rho) turns out better, that is the optimum.
     """
 
-    def __init__(self, runs: dict[Run, dict[str, Any]], args: argparse.Namespace) -> None:
-        self.args, score = args, NETWORKS[args.network].score
+    def __init__(self, runs: Rows, args: argparse.Namespace) -> None:
+        self.runs, self.args = runs, args
         self.accuracy: dict[tuple, dict[int, float]] = {}  # (method, width, lr, rho) -> seed -> accuracy in %
-        for run, row in runs.items():
+        for run in runs:
             if (run.data, run.epochs, run.network) == (args.data, args.epochs, args.network):
-                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), {})[run.seed] = row[score] or 0.0
+                self.accuracy.setdefault((run.method, run.width, run.lr, run.rho), {})[run.seed] = score(runs, run)
 
     def by_seed(self, method: str, width: int, lr: float, rho: float) -> dict[int, float]:
         """rho 0: the base optimizer alone."""
@@ -86,26 +86,15 @@ class Optima:
 
     def row(self, method: str, width: int) -> dict[str, Any]:
         """One row of the table. regret: what the narrowest width's best (lr, rho) loses here."""
-        lr, rho = self.optimum(method, width)
-        alone_lr = self.best_lr(method, width, alone=True)
+        (lr, rho), alone_lr = self.optimum(method, width), self.best_lr(method, width, alone=True)
         sam, alone = self.values(method, width, lr, rho), self.values(method, width, alone_lr, 0.0)
+        mean, alone_mean = statistics.fmean(sam), statistics.fmean(alone)
         stable_rho = self.largest_stable_rho(method, width)
-        return {
-            "method": method,
-            "width": width,
-            "lr": lr,
-            "rho": rho,
-            "accuracy": statistics.fmean(sam),
-            "std": deviation(sam),
-            "seeds": len(sam),
-            "sgd_lr": alone_lr,
-            "sgd": statistics.fmean(alone),
-            "sgd_std": deviation(alone),
-            "gain": statistics.fmean(sam) - statistics.fmean(alone),
-            "regret": statistics.fmean(sam) - self.mean(method, width, *self.narrow_best(method)),
-            "largest_stable_rho": stable_rho,
-            "rho_edge": stable_rho == max(self.slice(method, width)),
-        }
+        row = {"method": method, "width": width, "lr": lr, "rho": rho}
+        row |= {"accuracy": mean, "std": deviation(sam), "seeds": len(sam)}
+        row |= {"sgd_lr": alone_lr, "sgd": alone_mean, "sgd_std": deviation(alone), "gain": mean - alone_mean}
+        row |= {"regret": mean - self.mean(method, width, *self.narrow_best(method))}
+        return row | {"largest_stable_rho": stable_rho, "rho_edge": stable_rho == max(self.slice(method, width))}
 
     def table(self) -> list[dict[str, Any]]:
         return [self.row(*pair) for pair in itertools.product(self.args.methods, self.args.widths)]

@@ -21,8 +21,7 @@ from experiments import data
 from experiments.cifar import DataError
 from experiments.presets import parse_args as parse_run
 from experiments.presets import run_folder, settings
-from experiments.run_files import locked
-from experiments.training import SettingsError, at_least
+from experiments.training import SettingsError, at_least, locked
 from experiments.vision_run import finished, stream, train
 
 try:
@@ -34,13 +33,18 @@ PAPER_RANGE = (2**-10, 2**2)  # of lr and of rho
 WIDER = 4  # times the searched width: the model of the command that is printed in the end
 
 
+def parse_trial(args: argparse.Namespace, *flags: str) -> argparse.Namespace:
+    """The run of a trial; without its flags, what all trials share."""
+    return parse_run([*args.flags, "--out", str(args.out), *flags])
+
+
 def open_study(args: argparse.Namespace) -> "optuna.Study":
     """Raises SettingsError if there is one of this name for another search."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # an interrupted trial is no surprise
     journal = optuna.storages.journal.JournalFileBackend(str(args.out / f"{args.study}.journal"))
     storage = optuna.storages.JournalStorage(journal)
     study = optuna.create_study(storage=storage, study_name=args.study, direction="maximize", load_if_exists=True)
-    wanted = {k: v for k, v in settings(parse_run(args.flags)).items() if k not in ("lr", "rho")}
+    wanted = {k: v for k, v in settings(parse_trial(args)).items() if k not in ("lr", "rho")}
     wanted |= {"lr_range": list(args.lr_range), "rho_range": list(args.rho_range)}
     found = study.user_attrs.get("settings", wanted)
     if found != wanted:
@@ -57,7 +61,7 @@ def trials(study: "optuna.Study", state: str) -> list["optuna.trial.FrozenTrial"
 def work(args: argparse.Namespace, worker: int = 0) -> None:
     """Trials one after another, until the study has enough."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
-    study, shared = open_study(args), parse_run(args.flags)
+    study, shared = open_study(args), parse_trial(args)
     images = data.images(shared.data, shared.root)
     seed = stream(shared.seed, worker, len(study.trials))
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
@@ -66,7 +70,7 @@ def work(args: argparse.Namespace, worker: int = 0) -> None:
         flags = ["--lr", repr(trial.suggest_float("lr", *args.lr_range, log=True))]
         if shared.variant != "none":
             flags += ["--rho", repr(trial.suggest_float("rho", *args.rho_range, log=True))]
-        run = parse_run([*args.flags, *flags])
+        run = parse_trial(args, *flags)
         try:
             with locked(run_folder(run) / "lock"):
                 result = finished(run) or train(run, images, quiet=True)
@@ -102,38 +106,34 @@ def report(args: argparse.Namespace) -> None:
     study = open_study(args)
     best = study.best_trial
     found = " ".join(f"--{name} {value:.4g}" for name, value in best.params.items())
-    multiplier = WIDER * parse_run(args.flags).width_multiplier
-    flags = shlex.join([*args.flags[: -len(args.own)], "--width-multiplier", f"{multiplier:g}"])
+    flags = shlex.join([*args.flags, "--width-multiplier", f"{WIDER * parse_trial(args).width_multiplier:g}"])
     print(f"best of {len(trials(study, 'COMPLETE'))} trials: {found}, test accuracy {best.value:.2f} %")
     print(f"a model {WIDER} times as wide with them: python -m experiments.vision {flags} {found}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--trials", type=at_least(1, int), default=20, help="finished ones in the study")
-    parser.add_argument("--study", default="search", help="its name")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the study and of its runs")
-    parser.add_argument("--jobs", type=at_least(1, int), default=1, help="trials at once")
-    for name in ("lr", "rho"):
-        add = parser.add_argument
-        add(f"--{name}-range", type=float, nargs=2, default=PAPER_RANGE, metavar=("LOW", "HIGH"), help="the paper's")
-    args, flags = parser.parse_known_args(argv)
-    if given := {flag.partition("=")[0] for flag in flags} & {"--lr", "--rho"}:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--trials", type=at_least(1, int), default=20, help="finished ones in the study")
+    add("--study", default="search", help="its name")
+    add("--out", type=Path, default=Path("runs"), help="folder of the study and of its runs")
+    add("--jobs", type=at_least(1, int), default=1, help="trials at once")
+    for flag in ("--lr-range", "--rho-range"):
+        add(flag, type=float, nargs=2, default=PAPER_RANGE, metavar=("LOW", "HIGH"), help="the paper's")
+    args, args.flags = parser.parse_known_args(argv)
+    if given := {flag.partition("=")[0] for flag in args.flags} & {"--lr", "--rho"}:
         parser.error(f"{', '.join(sorted(given))}: that is what is searched")
     for name in ("lr_range", "rho_range"):
         low, high = getattr(args, name)
         if not 0 < low < high:
             parser.error(f"--{name.replace('_', '-')} {low:g} {high:g} must be positive and grow")
-    args.own = ["--out", str(args.out)]
-    args.flags = [*flags, *args.own]
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    shared = parse_run(args.flags)
+    shared = parse_trial(args)
     if optuna is None:
         print("error: the search takes Optuna: pip install optuna", file=sys.stderr)
         return 2

@@ -74,6 +74,9 @@ class Run(NamedTuple):
     network: str = "mlp"
 
 
+Rows = dict[Run, dict[str, Any]]  # of finished runs, as train() returns them
+
+
 class Place(NamedTuple):
     """Where and how runs take place. The results differ by rounding only."""
 
@@ -82,9 +85,6 @@ class Place(NamedTuple):
     backend: str = "auto"  # of mup2.SAM
     graph: bool = False  # SAM's whole iterations as one CUDA graph
     jobs: int = 2  # runs at once
-
-
-# ------------------------------------------------------------------------------------------------- one run
 
 
 @functools.cache
@@ -105,9 +105,8 @@ def make_network(name: str, width: int, x: Tensor, d_out: int, parameterization:
 
 def build(run: Run, x: Tensor, d_out: int, backend: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model on x's device, and SAM, or its base optimizer alone for rho 0."""
-    alone = {name: parameterization for parameterization, name in ALONE.items()}
-    parameterization = alone.get(run.method) or METHODS[run.method].parameterization
-    perturbation = "naive" if run.method in alone else METHODS[run.method].perturbation
+    alone = {name: (parameterization, "naive") for parameterization, name in ALONE.items()}
+    parameterization, perturbation = alone.get(run.method) or METHODS[run.method][:2]
     network = NETWORKS[run.network]
     names = dict(base_optimizer=network.base_optimizer, norm=network.norm)
     scaling = mup2.exponents(parameterization, perturbation, **names)
@@ -142,20 +141,18 @@ def train(run: Run, place: Place) -> dict[str, Any]:
         if not math.isfinite(epoch.train_loss):
             break
         accuracies.append(epoch.test_accuracy)
-    return run._asdict() | {
-        "best": round(max(accuracies, default=100 / d_out), 2),
-        "last": round(accuracies[-1], 2) if accuracies else None,
-        "finished": len(accuracies),
-        "seconds": round(time.perf_counter() - start, 1),
-        "device": device_name(place.device),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    best, last = max(accuracies, default=100 / d_out), round(accuracies[-1], 2) if accuracies else None
+    row = run._asdict() | {"best": round(best, 2), "last": last, "finished": len(accuracies)}
+    row |= {"seconds": round(time.perf_counter() - start, 1)}
+    return row | {"device": device_name(place.device), "date": time.strftime("%Y-%m-%d")}
 
 
-# ------------------------------------------------------------------------------------------------- many runs
+def score(runs: Rows, run: Run) -> float:
+    """The test accuracy in % that counts."""
+    return runs[run][NETWORKS[run.network].score] or 0.0
 
 
-def read_runs(path: Path) -> dict[Run, dict[str, Any]]:
+def read_runs(path: Path) -> Rows:
     """The finished runs of earlier commands. A line that an interruption cut off is dropped from the file."""
     if not path.exists():
         return {}
@@ -167,7 +164,7 @@ def read_runs(path: Path) -> dict[Run, dict[str, Any]]:
     return {Run(**{field: row[field] for field in Run._fields if field in row}): row for row in rows}
 
 
-def sweep(runs: list[Run], path: Path, place: Place, title: str) -> dict[Run, dict[str, Any]]:
+def sweep(runs: list[Run], path: Path, place: Place, title: str) -> Rows:
     """Train the runs that the file does not have yet, seed by seed, long ones first. Returns all that it has then."""
     from tqdm import tqdm
 

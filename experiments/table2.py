@@ -1,7 +1,6 @@
 """Table 2 of the paper from finished runs of experiments.vision: what SAM and its variants gain, in SP and in muP².
 
-python -m experiments.table2 OUT_DIR                 the --out of those runs
-python -m experiments.table2 OUT_DIR --markdown
+python -m experiments.table2 OUT_DIR                 the --out of those runs; prints Markdown
 """
 
 import argparse
@@ -44,26 +43,26 @@ def best_cell(results: list[dict[str, Any]]) -> Cell | None:
     """The setting with the best mean among those without a diverged run; None if there is none."""
     groups = defaultdict(list)
     for result in results:
-        groups[json.dumps({k: v for k, v in result["settings"].items() if k not in REPEATED}, sort_keys=True)].append(
-            result
-        )
-    cells = [
-        Cell([r["best_test_accuracy"] for r in runs], runs[0]["settings"]["lr"], runs[0]["settings"]["rho"])
-        for runs in groups.values()
-        if not any(r["diverged"] for r in runs)
-    ]
+        setting = {k: v for k, v in result["settings"].items() if k not in REPEATED}
+        groups[json.dumps(setting, sort_keys=True)].append(result)
+    cells = []
+    for runs in groups.values():
+        if not any(r["diverged"] for r in runs):
+            lr, rho = (runs[0]["settings"][name] for name in ("lr", "rho"))
+            cells.append(Cell([r["best_test_accuracy"] for r in runs], lr, rho))
     return max(cells, key=lambda cell: cell.mean, default=None)
 
 
-def table(results: list[dict[str, Any]], base: str) -> list[list[str]]:
-    """Lines of cells; all results share the settings of ONE_TABLE."""
+def table(results: list[dict[str, Any]], base: str) -> str:
+    """Markdown; all results share the settings of ONE_TABLE."""
     cells: dict[tuple[str, str], list] = defaultdict(list)
     for result in results:
         s = result["settings"]
         for (parameterization, perturbation), column in COLUMNS.items():
             if s["parameterization"] == parameterization and s["perturbation"] in (perturbation, None):
                 cells[s["variant"], column].append(result)
-    lines = [["", *(head for column in COLUMNS.values() for head in (column, "gain", "lr, rho"))]]
+    head = ["", *(head for column in COLUMNS.values() for head in (column, "gain", "lr, rho"))]
+    lines = [head, ["---"] * len(head)]
     for variant, title in {"none": BASES[base], **ROWS}.items():
         line = [title]
         for column in COLUMNS.values():
@@ -72,7 +71,7 @@ def table(results: list[dict[str, Any]], base: str) -> list[list[str]]:
             at = "-" if cell is None else f"{cell.lr:.4g}" + ("" if cell.rho is None else f", {cell.rho:.4g}")
             line += [str(cell or "-"), gain, at]
         lines.append(line)
-    return lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def title(shared: dict[str, Any]) -> str:
@@ -81,18 +80,9 @@ def title(shared: dict[str, Any]) -> str:
     return "{model} on {data}, {0}width multiplier {width_multiplier:g}, {epochs} epochs".format(sizes, **shared)
 
 
-def render(lines: list[list[str]], markdown: bool) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    if markdown:
-        lines = [lines[0], ["---"] * len(widths), *lines[1:]]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths)).rstrip() for line in lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args(argv)
     tables, diverged, others = defaultdict(list), [], 0
     for path in sorted(args.out_dir.glob("*/result.json")):
@@ -109,11 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for key, results in sorted(tables.items()):
         shared = json.loads(key)
-        print(("### " if args.markdown else "") + title(shared) + "\n")
-        print(render(table(results, shared["base"]), args.markdown) + "\n")
-    print(CAPTION)
-    for name in diverged:
-        print(f"diverged: {name}")
+        print(f"### {title(shared)}\n\n{table(results, shared['base'])}\n")
+    print("\n".join([CAPTION, *(f"diverged: {name}" for name in diverged)]))
     if others:
         print(f"not shown: {others} runs with another perturbation scaling")
     return 0

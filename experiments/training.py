@@ -1,14 +1,20 @@
-"""What all experiments share: the training loop, precision, devices, and the errors of commands."""
+"""What all experiments share: the training loop, precision, devices, errors of commands, and files of runs.
+
+Files are written as a whole or not at all. A folder can be locked for one process at a time.
+"""
 
 import argparse
+import fcntl
 import functools
+import json
 import math
+import os
 import re
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -109,9 +115,6 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-# ------------------------------------------------------------------------------------------------- devices and flags
-
-
 def is_cuda(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
@@ -144,3 +147,33 @@ def at_least(low: float, kind: type) -> Callable[[str], Any]:
         return value
 
     return number
+
+
+def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
+    """The file is there as a whole or as it was before, whenever the process is killed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        save(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """For one process at a time; the lock ends with the process. Raises SettingsError if another one has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"another process is busy with {path.parent}") from None
+        yield

@@ -39,44 +39,40 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of the options, for each network
     "vit": dict(data="noisy-digits", widths=[16, 64], methods=["SP-naive", "muP²"])
     | dict(lrs=[0.001, 0.003, 0.01, 0.03, 0.1], rhos=[0.01, 0.03, 0.1], slice_seeds=0, epochs=12),
 }
-PLACE = ("root", "device", "backend", "graph", "jobs")
 
 
 def base_name(network: str) -> str:
     return "AdamW" if NETWORKS[network].base_optimizer == "adam" else "SGD"
 
 
-def train_all(args: argparse.Namespace, path: Path) -> tuple[Optima, dict[Run, dict[str, Any]]]:
+def train_all(args: argparse.Namespace, path: Path) -> Optima:
     """Grid, slice and transfer, one after another, as each one's best points decide what the next one trains."""
-    place = Place(**{key: getattr(args, key) for key in PLACE})
+    place = Place(**{key: getattr(args, key) for key in Place._fields})
 
-    def finished(points: list[tuple], seeds: int, title: str) -> tuple[Optima, dict[Run, dict[str, Any]]]:
+    def finished(points: list[tuple], seeds: int, title: str) -> Optima:
         """points: (method, width, lr, rho)."""
         runs = [Run(args.data, *point, seed, args.epochs, args.network) for seed in range(seeds) for point in points]
-        done = sweep(runs, path, place, title)
-        return Optima(done, args), done
+        return Optima(sweep(runs, path, place, title), args)
 
     pairs = [*itertools.product(args.methods, args.widths)]
     alone = {m: ALONE[METHODS[m].parameterization] for m in args.methods}
     seeds = max(args.seeds, args.slice_seeds)
     grid = [(m, w, lr, rho) for m, w in pairs for lr in args.lrs for rho in grid_rhos(m, args)]
     grid += [(m, w, lr, 0.0) for m in dict.fromkeys(alone.values()) for w in args.widths for lr in args.lrs]
-    optima, _ = finished(grid, args.seeds, "grid")
+    optima = finished(grid, args.seeds, "grid")
     cut = [(m, w, optima.best_lr(m, w), rho) for m, w in pairs for rho in slice_rhos(m, args)]
     for m, w in pairs:
         lrs = {optima.best_lr(m, w), optima.best_lr(m, w, alone=True)}
         cut += [(alone[m], w, lr, 0.0) for lr in lrs]
-    optima, _ = finished(cut, seeds, "slice")
+    optima = finished(cut, seeds, "slice")
     return finished([(m, w, *optima.narrow_best(m)) for m, w in pairs], seeds, "transfer")
 
 
-def summary(args: argparse.Namespace, rows: list[dict[str, Any]], runs: dict[Run, dict[str, Any]]) -> dict[str, Any]:
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "root", "jobs", "device", "backend")}
-    places = {key: sorted({row[key] for row in runs.values() if key in row}) for key in ("device", "date")}
-    return {"args": settings, "rows": rows} | places
-
-
-# -------------------------------------------------------------------------------------------------- figure
+def summary(optima: Optima) -> dict[str, Any]:
+    settings = {k: v for k, v in vars(optima.args).items() if k not in ("out", "root", "jobs", "device", "backend")}
+    runs = optima.runs.values()
+    places = {key: sorted({row[key] for row in runs if key in row}) for key in ("device", "date")}
+    return {"args": settings, "rows": optima.table()} | places
 
 
 def plot(optima: Optima, path: Path) -> None:
@@ -144,9 +140,6 @@ def curves(axis: Any, optima: Optima, method: str) -> None:
     axis.set_xlabel(f"learning rate (rho {optima.narrow_best(method)[1]:.2g})" if over_lr else "rho (at the best lr)")
 
 
-# ------------------------------------------------------------------------------------------------- command
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -190,17 +183,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        optima, runs = train_all(args, args.out / f"{args.name}.jsonl")
+        optima = train_all(args, args.out / f"{args.name}.jsonl")
     except KeyboardInterrupt:
         return 130
-    rows = optima.table()
-    text = json.dumps(summary(args, rows, runs), indent=1, default=float)
-    (args.out / f"{args.name}.json").write_text(text + "\n")
-    base = base_name(args.network)
-    print(format_table(rows, base))
-    figure = args.out / f"{args.name}.png"
+    found, base, figure = summary(optima), base_name(args.network), args.out / f"{args.name}.png"
+    (args.out / f"{args.name}.json").write_text(json.dumps(found, indent=1, default=float) + "\n")
+    print(format_table(found["rows"], base))
     plot(optima, figure)
-    print(f"\n{what_to_look_at(rows, base)}\nfigure: {figure}")
+    print(f"\n{what_to_look_at(found['rows'], base)}\nfigure: {figure}")
     return 0
 
 

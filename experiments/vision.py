@@ -28,8 +28,7 @@ import torch.distributed as dist
 from experiments import data
 from experiments.cifar import DataError
 from experiments.presets import parse_args, run_folder
-from experiments.run_files import locked
-from experiments.training import SettingsError, check_device, is_cuda
+from experiments.training import SettingsError, check_device, is_cuda, locked
 from experiments.vision_run import finished, train
 
 
@@ -77,10 +76,9 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()  # DDP holds the group, in cycles
             dist.destroy_process_group()
     if rank == 0:
+        text = "best test accuracy {best_test_accuracy:.2f} %, last {last_test_accuracy:.2f} %".format(**result)
         state = f"diverged in epoch {result['epochs']}; " if result["diverged"] else ""
-        best, last = result["best_test_accuracy"], result["last_test_accuracy"]
-        accuracies = f"best test accuracy {best:.2f} %, last {last:.2f} %"
-        print(f"{state}{accuracies}, {result['seconds_per_epoch']:.1f} s per epoch; files in {folder}")
+        print(f"{state}{text}, {result['seconds_per_epoch']:.1f} s per epoch; files in {folder}")
     return 0
 
 

@@ -1,7 +1,9 @@
 """One run of experiments.vision: its model and optimizer, its epochs, and training from a checkpoint to the end."""
 
 import argparse
+import csv
 import functools
+import io
 import json
 import math
 import statistics
@@ -20,14 +22,11 @@ from tqdm import tqdm
 import mup2_fused as mup2
 from experiments import data, networks
 from experiments.presets import BASES, run_folder, settings, width
-from experiments.run_files import check_config, tensorboard, write, write_csv, write_json
-from experiments.training import SettingsError, Training, device_name, precision, processes
+from experiments.training import SettingsError, Training, device_name, precision, processes, write, write_json
 from mup2_fused.compiled_passes import CompiledPasses
 
 GAIN = {"resnet18": 2**0.5, "vit": 1.0, "mlp": 2**0.5}  # of the initial weights; sqrt(2) is for ReLU; ours
 OUTPUT = {"resnet18": "head.weight", "vit": "head.weight", "mlp": "layers.2.weight"}
-
-# ------------------------------------------------------------------------------------------------- model, optimizer
 
 
 def scaling_of(args: argparse.Namespace) -> mup2.Exponents:
@@ -105,9 +104,6 @@ def stream(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-# ------------------------------------------------------------------------------------------------- the run
-
-
 class VisionRun:
     """Everything that a run needs for its next epoch; rows are the metrics of the epochs so far."""
 
@@ -122,16 +118,12 @@ class VisionRun:
         test = Subset(images.test, range(self.rank, len(images.test), self.processes))
         self.train_batches, self.test_batches = self.loader(images.train, sampler), self.loader(test, None)
         self.factor = lr_factor(args, len(self.train_batches))
-        self.scheduler = LambdaLR(self.optimizer, self.factor)
-        autocast, self.scaler = precision(args.device, args.amp)
-        self.training = Training(
-            nn.parallel.DistributedDataParallel(self.model) if self.processes > 1 else self.model,
-            self.optimizer,
-            scheduler=self.scheduler,
-            autocast=autocast,
-            scaler=self.scaler,
-            loss_function=functools.partial(F.cross_entropy, label_smoothing=args.label_smoothing),
-        )
+        scheduler, (autocast, scaler) = LambdaLR(self.optimizer, self.factor), precision(args.device, args.amp)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": scheduler, "scaler": scaler}
+        model = nn.parallel.DistributedDataParallel(self.model) if self.processes > 1 else self.model
+        loss = functools.partial(F.cross_entropy, label_smoothing=args.label_smoothing)
+        options = dict(scheduler=scheduler, autocast=autocast, scaler=scaler, loss_function=loss)
+        self.training = Training(model, self.optimizer, **options)
 
     def loader(self, images: Any, sampler: Any) -> DataLoader:
         return DataLoader(
@@ -151,48 +143,31 @@ class VisionRun:
         self.train_batches.sampler.set_epoch(epoch)
         bar = dict(desc=f"epoch {epoch + 1}/{self.args.epochs}", leave=False, disable=quiet or self.rank > 0)
         result = self.training.epoch(tqdm(self.train_batches, **bar), self.test_batches)
-        self.rows.append(
-            {
-                "epoch": epoch + 1,
-                "lr": self.args.lr * self.factor(epoch * len(self.train_batches)),  # in the first step
-                "train_loss": result.train_loss,
-                "test_loss": result.test_loss,
-                "test_accuracy": result.test_accuracy,
-                "seconds": round(result.seconds, 3),  # without evaluation
-                "skipped_steps": self.skipped_before + getattr(self.optimizer, "skipped_steps", 0),
-            }
-        )
+        lr = self.args.lr * self.factor(epoch * len(self.train_batches))  # in the first step
+        skipped = self.skipped_before + getattr(self.optimizer, "skipped_steps", 0)
+        row = {"epoch": epoch + 1, "lr": lr, **result._asdict(), "skipped_steps": skipped}
+        self.rows.append(row | {"seconds": round(result.seconds, 3)})
 
     @property
     def diverged(self) -> bool:
         return bool(self.rows) and not math.isfinite(self.rows[-1]["train_loss"])
 
-    @property
-    def finished(self) -> bool:
-        return self.diverged or len(self.rows) >= self.args.epochs
-
     def result(self) -> dict[str, Any]:
-        return {
-            "settings": settings(self.args),
-            "best_test_accuracy": max(row["test_accuracy"] for row in self.rows),
-            "last_test_accuracy": self.rows[-1]["test_accuracy"],
-            "epochs": len(self.rows),
-            "diverged": self.diverged,
-            "seconds_per_epoch": statistics.median(row["seconds"] for row in self.rows),
-            "device": device_name(self.args.device),
-            "fused": is_compiled(self.optimizer),
-            "torch": torch.__version__,
-        }
+        accuracies, seconds = ([row[key] for row in self.rows] for key in ("test_accuracy", "seconds"))
+        result = {"settings": settings(self.args)}
+        result |= {"best_test_accuracy": max(accuracies), "last_test_accuracy": accuracies[-1]}
+        result |= {"epochs": len(self.rows), "diverged": self.diverged, "seconds_per_epoch": statistics.median(seconds)}
+        result |= {"device": device_name(self.args.device), "fused": is_compiled(self.optimizer)}
+        return result | {"torch": torch.__version__}
 
     def save(self, path: Path) -> None:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"rows": self.rows}
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {"rows": self.rows}
         write(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("model", "optimizer", "scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.rows = state["rows"]
         self.skipped_before = self.rows[-1]["skipped_steps"]
 
@@ -209,9 +184,6 @@ class VisionRun:
             f"{args.model} on {args.data}, width {widths[0]} (base {widths[1]}), {parameters / 1e6:.3g} M parameters; "
             f"{method}; {where}"
         )
-
-
-# ------------------------------------------------------------------------------------------------- from start to end
 
 
 def finished(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -239,7 +211,7 @@ def train(args: argparse.Namespace, images: data.Images, quiet: bool = False) ->
     if first and not quiet:
         print(run, flush=True)
     writer = tensorboard(folder, len(run.rows), quiet) if first else None
-    while not run.finished:
+    while not run.diverged and len(run.rows) < args.epochs:
         run.epoch(quiet)
         if first:
             record(run, folder, writer, quiet)
@@ -249,6 +221,36 @@ def train(args: argparse.Namespace, images: data.Images, quiet: bool = False) ->
         write_csv(folder / "metrics.csv", run.rows)  # in case an earlier process ended between checkpoint and metrics
         write_json(folder / "result.json", run.result())
     return run.result()
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Write the settings of a run, or raise SettingsError if the folder has those of another one.
+
+    The folder's name has a hash of the settings: this finds folders that were renamed, and files that were changed.
+    """
+    if path.exists() and (found := json.loads(path.read_text())) != config:
+        names = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
+        raise SettingsError(f"{path} belongs to a run with other settings ({', '.join(names)}): remove its folder")
+    write_json(path, config)
+
+
+def tensorboard(folder: Path, epochs: int, quiet: bool) -> Any:
+    """A SummaryWriter that goes on after so many epochs; None, and a note, if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if not quiet:
+            print("no events for TensorBoard, which is not installed (pip install tensorboard)")
+        return None
+    return SummaryWriter(folder, purge_step=epochs + 1)
 
 
 def record(run: VisionRun, folder: Path, writer: Any, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +26,19 @@ TINY_VIT = ["--preset", "vit-mnist1d", "--depth", "1", "--epochs", "1", "--warmu
 TINY_VIT += ["--width-multiplier", "0.0625", "--base-width-multiplier", "0.0625", "--heads", "2"]  # width 24
 TINY_RESNET = ["--width-multiplier", "0.0625", "--base-width-multiplier", "0.03125"]  # 4 channels, base 2
 
-# ------------------------------------------------------------------------------------------------- data
-
 
 def cifar_parts(name, images=20, scale=1):
     """(pixels, labels) of each file of a small CIFAR; the last one is the test's."""
     random, classes = np.random.default_rng(0), CIFAR[name].classes
     labels = np.arange(images) * scale % classes
-    return [
-        (random.integers(0, 256, (images, 3072), dtype=np.uint8), labels)
-        for _ in range(len(CIFAR[name].python.train) + 1)
-    ]
+    return [(random.integers(0, 256, (images, 3072), dtype=np.uint8), labels) for _ in CIFAR[name].files]
 
 
 def cifar_files(name, version, parts=None):
     """File name -> content."""
-    kind = CIFAR[name]
-    names = [*getattr(kind, version).train, getattr(kind, version).test]
-    return {file: file_of(kind, version, x, y) for file, (x, y) in zip(names, parts or cifar_parts(name))}
+    kind, ending = CIFAR[name], ".bin" if version == "binary" else ""
+    parts = parts or cifar_parts(name)
+    return {file + ending: file_of(kind, version, x, y) for file, (x, y) in zip(kind.files, parts)}
 
 
 def file_of(kind, version, x, y):
@@ -55,7 +51,7 @@ def file_of(kind, version, x, y):
 
 def store(root, name, version, files, packed=True):
     """The archive or the unpacked folder."""
-    archive, folder, *_ = getattr(CIFAR[name], version)
+    archive, folder = CIFAR[name].archive(version), CIFAR[name].folders[version]
     if not packed:
         (root / folder).mkdir()
         for file, content in files.items():
@@ -69,15 +65,14 @@ def store(root, name, version, files, packed=True):
     return root / archive
 
 
-def image_folder(root, classes=("ant", "bee"), count=3, size=(300, 260)):
-    """An ImageNet of single-coloured images."""
+def image_folder(root):
+    """An ImageNet of two classes with three single-coloured images each."""
     from PIL import Image
 
-    for split in ("train", "val"):
-        for k, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", size, (60 * k, 100, 200)).save(root / split / name / f"{i}.png")
+    for split, (k, name) in itertools.product(("train", "val"), enumerate(("ant", "bee"))):
+        (root / split / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (300, 260), (60 * k, 100, 200)).save(root / split / name / f"{i}.png")
     return root
 
 
@@ -90,9 +85,6 @@ def use_few_samples(monkeypatch):
         return found._replace(train=Subset(found.train, range(96)), test=Subset(found.test, range(40)))
 
     monkeypatch.setattr(data, "images", images)
-
-
-# ------------------------------------------------------------------------------------------------- runs and their files
 
 
 def only_folder(out):
@@ -122,18 +114,19 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def modified(path):
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
 def sweep_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------- processes
+def refusal(capsys, main, *flags):
+    """What a command says that ends with status 2."""
+    capsys.readouterr()
+    try:
+        status = main([*flags])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    return capsys.readouterr().err
 
 
 def start(command, **options):
@@ -142,34 +135,29 @@ def start(command, **options):
     return subprocess.Popen([sys.executable, *map(str, command)], **options)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, pause=0.01, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
-class InThisProcess:
+class InThisProcess(Executor):
     """In place of a ProcessPoolExecutor, whose processes take seconds to start."""
 
     def __init__(self, *args):
         pass
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        pass
-
     def submit(self, call, *args):
         future = Future()
-        future.set_result(call(*args))
+        try:
+            future.set_result(call(*args))
+        except KeyboardInterrupt as interrupt:
+            future.set_exception(interrupt)
         return future
-
-    def shutdown(self, **options):
-        pass
 
 
 def without_processes(monkeypatch):
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(sweep, "as_completed", list)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import InThisProcess
 
 from experiments import exponents as experiment
 from experiments.exponents import QUANTITIES, Row, measure, slopes
@@ -44,6 +45,7 @@ def test_rows_are_those_of_the_tables():
 def test_the_command_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     few = [row for row in experiment.rows() if row.table in ("D.1", "D.2") or "muP²" in row.name]
     monkeypatch.setattr(experiment, "rows", lambda: few)
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", InThisProcess)
     arguments = ["--widths", "16", "32", "--seeds", "1", "--jobs", "1", "--tolerance", "0", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["exponents", *arguments])
     assert experiment.main() == 1, "no measurement is exact"

@@ -33,12 +33,6 @@ class StandIn:
         return replay
 
 
-@pytest.fixture
-def capture(monkeypatch):
-    monkeypatch.setattr(mup2, "capture", stand_in := StandIn())
-    return stand_in
-
-
 def test_an_epoch_of_training(SAM):
     """Passes, modes, schedule, shuffling and sums; for SAM and for the base optimizer alone."""
     seen = []
@@ -89,8 +83,9 @@ def test_replayed_training_is_the_training(device, base, monkeypatch):
         training.train_epoch([])
 
 
-def test_a_run_of_a_sweep_as_a_graph(capture):
+def test_a_run_of_a_sweep_as_a_graph(monkeypatch):
     """SAM is captured, its base optimizer is not, and rows tell when and where. A run that diverges is recorded."""
+    monkeypatch.setattr(mup2, "capture", stand_in := StandIn())
     for method, rho in (("muP²", 0.1), ("muP-SGD", 0.0)):
         run = Run("noisy-digits", method, 32, 0.25, rho, 3, 2)
         rows = [sweep.train(run, Place(graph=graph)) for graph in (False, True)]
@@ -98,7 +93,7 @@ def test_a_run_of_a_sweep_as_a_graph(capture):
         assert rows[0]["device"] == device_name("cpu")
         for score in ("best", "last"):  # a learning rate as a tensor rounds differently
             assert rows[0][score] == pytest.approx(rows[1][score], abs=1)
-    assert capture.captures == 1 and capture.replays == 2 * (1438 // 64)
+    assert stand_in.captures == 1 and stand_in.replays == 2 * (1438 // 64)
     for graph in (False, True):
         row = sweep.train(Run("noisy-digits", "SP-naive", 64, 1e9, 0.1, 0, 3), Place(graph=graph))
         assert row["finished"] < 3 and row["best"] <= 20
