@@ -6,7 +6,6 @@ MUP2_CUDA=0 leaves it out. CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the
 """
 
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -14,7 +13,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"  # T4, A100, A10G, H100, and later GPUs
+obstacle = ""  # why the extension cannot be built here
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    obstacle = f"torch cannot be imported ({error})"
+if shutil.which(compiler := shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
+    obstacle = f"there is no C++ compiler {compiler!r}"
 
 
 def wish(name):
@@ -25,29 +31,12 @@ def wish(name):
     return value
 
 
-def say(text):
-    """Print a line, but not when pip only asks for the package's metadata."""
-    if not {"egg_info", "dist_info"}.intersection(sys.argv):
-        print(f"mup2_fused: {text}")
-
-
-def missing():
-    """Why the extension cannot be built here; "" if it can."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler {compiler!r}"
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
-    return ""
-
-
 def toolkit():
     """Folder of a CUDA toolkit of torch's major version, or None and the reason."""
-    import torch
-    from torch.utils import cpp_extension
-
+    if wish("MUP2_CUDA") == "0":
+        return None, "MUP2_CUDA=0"
+    if not torch.version.cuda:
+        return None, f"torch {torch.__version__} is built without CUDA"
     reason = "no CUDA toolkit with bin/nvcc and include/cuda_runtime.h was found: set CUDA_HOME to its folder"
     guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), cpp_extension.CUDA_HOME, "/usr/local/cuda"]
     for guess in filter(None, guesses):
@@ -64,66 +53,48 @@ def toolkit():
     return None, reason
 
 
-def cuda():
-    """The toolkit's folder, or None to build for the CPU only; and a line that says why."""
-    import torch
-
-    wanted = wish("MUP2_CUDA")
-    if wanted == "0":
-        return None, "MUP2_CUDA=0"
-    home, reason = toolkit() if torch.version.cuda else (None, f"torch {torch.__version__} is built without CUDA")
-    if wanted == "1" and home is None:
-        raise SystemExit(f"MUP2_CUDA=1, but {reason}")
-    return home, reason
-
-
-def extension():
-    import torch
-    from torch.utils import cpp_extension
-
-    home, reason = cuda()
-    # -ffp-contract=off: a * b + c is rounded as in mup2_ref.py. -fno-...: loops with sqrt are vectorized. -g0: without
-    # debug information the build takes two thirds of the time.
-    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
-    cxx += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    files = sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file())
-    sources = [file for file in files if file.endswith(".cpp") or (home and file.endswith(".cu"))]
-    options = {
-        "include_dirs": [str(Path("csrc").resolve())],
-        "extra_compile_args": {"cxx": cxx},
-        "extra_link_args": ["-fopenmp"],
-    }
-    options["depends"] = files  # a change of a header builds again
-    if home:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-        cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = home
-        options["define_macros"] = [("MUP2_CUDA", None)]
-        options["extra_compile_args"]["nvcc"] = ["-O3", "-fmad=false", "--threads", "0"]
-    built = f"CUDA ({os.environ['TORCH_CUDA_ARCH_LIST']}, {home})" if home else f"no CUDA: {reason}"
-    say(f"CPU ({platform.machine()}), {built}; torch {torch.__version__}")
-    kind = cpp_extension.CUDAExtension if home else cpp_extension.CppExtension
+def extension(home):
+    """Arguments of setup() for the extension, with CUDA if the folder of a toolkit is given."""
 
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self):
             try:
                 super().build_extensions()
             except Exception as error:
-                hint = "see the errors above; MUP2_COMPILED=0 installs mup2_fused without its compiled part"
-                raise SystemExit(f"mup2_fused._C cannot be built: {error}; {hint}") from error
+                raise SystemExit(f"{error}. MUP2_COMPILED=0 installs mup2_fused without its compiled part") from error
 
+    # -ffp-contract=off: a * b + c is rounded as in mup2_ref.py. -fno-...: loops with sqrt vectorize. -g0: fast build.
+    cxx = "-O3 -g0 -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    files = sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file())
+    sources = [file for file in files if file.endswith(".cpp") or (home and file.endswith(".cu"))]
+    options = {"include_dirs": [str(Path("csrc").resolve())], "define_macros": [("MUP2_CUDA", None)] if home else []}
+    options["extra_compile_args"] = {"cxx": shlex.split(cxx), "nvcc": ["-O3", "-fmad=false", "--threads", "0"]}
+    options |= {"extra_link_args": ["-fopenmp"], "depends": files}  # a change of a header builds again
+    kind = cpp_extension.CUDAExtension if home else cpp_extension.CppExtension
     return {"ext_modules": [kind("mup2_fused._C", sources, **options)], "cmdclass": {"build_ext": Build}}
 
 
 def options():
-    """Arguments of setup() for the extension, or none if it is left out."""
-    if wish("MUP2_COMPILED") == "0":
-        return {}
-    if not (reason := missing()):
-        return extension()
-    if wish("MUP2_COMPILED") == "1":
-        raise SystemExit(f"MUP2_COMPILED=1, but {reason}")
-    say(f"installed without its compiled part: {reason}. To get it, install a C++ compiler and then this package again")
-    return {}
+    """Arguments of setup(), none if the extension is left out, and a line that says what is built."""
+    wanted, without = wish("MUP2_COMPILED"), "installed without its compiled part"
+    if wanted == "0":
+        return {}, f"{without}: MUP2_COMPILED=0"
+    if obstacle and wanted == "1":
+        raise SystemExit(f"MUP2_COMPILED=1, but {obstacle}")
+    if obstacle:
+        return {}, f"{without}: {obstacle}. To get it, install a C++ compiler and then this package again"
+    home, reason = toolkit()
+    if home is None and wish("MUP2_CUDA") == "1":
+        raise SystemExit(f"MUP2_CUDA=1, but {reason}")
+    about = f"no CUDA: {reason}"
+    if home:
+        gpus = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0+PTX")  # T4, A100, A10G, H100, later ones
+        about = f"CUDA ({gpus}, {home})"
+        cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = home
+    return extension(home), f"CPU ({os.uname().machine}), {about}; torch {torch.__version__}"
 
 
-setup(**options())
+arguments, about = options()
+if not {"egg_info", "dist_info"}.intersection(sys.argv):  # where pip only asks for the package's metadata
+    print(f"mup2_fused: {about}")
+setup(**arguments)

@@ -70,7 +70,7 @@ def occupancy(registers: int) -> tuple[int, float]:
 
 def kernels(report: str) -> list[dict]:
     """One row per kernel and type. A kernel exists for two sizes of batches: the one with more registers."""
-    found: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str, str], int] = {}
     pattern = r"entry function 'void [^']*?(\w+)_kernel<([\w:]+), ([\w:]+), ([\w:]+),.*?Used (\d+) registers"
     for kernel, kind, w, g, registers in re.findall(pattern, report, re.DOTALL):
         if w == g and w in TYPES and (kernel, kind) in MOVED:

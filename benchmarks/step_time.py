@@ -45,8 +45,6 @@ MOVED = {"sgd": 1 + 4 + 5, "adamw": 1 + 4 + 7}  # values per parameter: norm, pe
 PROBE = "fused SGD"  # an optimizer without SAM, which moves 20 bytes per parameter in one pass
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# ------------------------------------------------------------------------------------------------ measuring
-
 
 def cpu_clock(call: Callable) -> tuple[float, float]:
     start = time.perf_counter()
@@ -177,9 +175,6 @@ class Case:
         return row | {"gb_per_s": moved / row["sum_ms"] / 1e6}
 
 
-# ------------------------------------------------------------------------------------------------- reporting
-
-
 def machine(device: str) -> dict:
     """The machine and the software that the numbers belong to."""
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -194,18 +189,6 @@ def machine(device: str) -> dict:
         return about
 
 
-def format_table(rows: list[dict]) -> str:
-    """A table as text. host: until the calls return; ±: interquartile range; ours: how many times faster ours is."""
-    head = ["model", "params", "dtype", "base", "implementation", "first ms", "second ms", "sum ms", "±", "host ms"]
-    cells = [head + ["x floor", "GB/s", "ours"]]
-    for r in rows:
-        ms = [f"{r[k]:.3f}" for k in ("first_ms", "second_ms", "sum_ms", "sum_iqr", "host_ms")]
-        rest = [f"{r['ratio']:.2f}", f"{r['gb_per_s']:.1f}", f"{r['speedup']:.2f}x"]
-        cells.append([r["model"], f"{r['params']:,}", r["dtype"], r["base"], r["implementation"], *ms, *rest])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(n) for cell, n in zip(row, widths)) for row in cells)
-
-
 def markdown_table(result: dict) -> str:
     """One line per model, dtype and base optimizer: milliseconds of first_step() + second_step()."""
     names = [name for name in IMPLEMENTATIONS if any(r["implementation"] == name for r in result["rows"])]
@@ -217,9 +200,6 @@ def markdown_table(result: dict) -> str:
         peer = min((r["speedup"] for name, r in rows.items() if name != OURS), default=float("nan"))
         lines.append([key[0], f"{key[1] / 1e6:.3g} M", *key[2:], *ms, f"{peer:.2f}", f"{rows[OURS]['ratio']:.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-# -------------------------------------------------------------------------------------------------- commands
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -273,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         if "foreach-compiled" in args.implementations:
             torch.compiler.reset()  # frees memory; and torch stops compiling a function after many models
         out.write_text(json.dumps(result, indent=1) + "\n")  # after every case, because a time limit may end this
-    print(f"{out}\n\n{format_table(result['rows'])}")
+    print(f"{out}\n\n{markdown_table(result)}")
     return 0
 
 

@@ -8,8 +8,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------- shapes
-
 Shapes = list[tuple[int, ...]]
 
 
@@ -60,8 +58,6 @@ MODELS = {
 }
 assert [count(MODELS[m]) for m in ("resnet18", "vit-s16", "vit-b16")] == [11_689_512, 22_050_664, 86_567_656]
 assert len(MODELS["resnet18"]) == 62
-
-# ------------------------------------------------------------------------------------------ implementations
 
 
 class Foreach:

@@ -27,8 +27,15 @@ template <int P> struct Item {
   uint8_t aligned;       // 1: every pointer is a multiple of kVectorBytes
 };
 
+// How many items fit into the 32,764 bytes of parameters that a CUDA kernel may have; 256 are left for other arguments.
+template <int P, class Group> constexpr int capacity() {
+  constexpr int n = (32764 - 256 - kMaxGroups * int(sizeof(Group))) / int(sizeof(Item<P>));
+  return n < kMaxItems ? n : kMaxItems;
+}
+struct None {};  // Group of a kernel without hyper-parameters
+
 // The parameters of a launch. They are passed by value, because gradients have new addresses in every step.
-template <int P, class Group, int kItems, int kGroups = kMaxGroups> struct Batch {
+template <int P, class Group, int kItems = capacity<P, Group>(), int kGroups = kMaxGroups> struct Batch {
   using GroupType = Group;
   static constexpr int kPointers = P, kCapacity = kItems, kGroupCapacity = kGroups;
   Item<P> items[kItems];
@@ -38,13 +45,10 @@ template <int P, class Group, int kItems, int kGroups = kMaxGroups> struct Batch
   int64_t first_partial;  // number of the first chunk among all chunks of the call
 };
 
-// How many items fit into the 32,764 bytes of parameters that a CUDA kernel may have; 256 are left for other arguments.
-constexpr int kParameterBytes = 32764 - 256;
-template <int P, class Group> constexpr int capacity() {
-  constexpr int n = (kParameterBytes - kMaxGroups * int(sizeof(Group))) / int(sizeof(Item<P>));
-  return n < kMaxItems ? n : kMaxItems;
+// A pointer of a tensor, moved by `begin` elements. Null if the tensor has no such pointer.
+template <class T, int P> MUP2_FN T* pointer(const Item<P>& item, int which, int64_t begin = 0) {
+  return which < P && item.ptr[which] ? (T*)item.ptr[which] + begin : nullptr;
 }
-struct None {};  // Group of a kernel without hyper-parameters
 
 struct Chunk {
   uint32_t item, chunks;  // position of its tensor in the batch, and the number of chunks of that tensor

@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -26,15 +28,12 @@
 
 namespace mup2 {
 
-// ------------------------------------------------------------------------------------------------ storage types
-
 enum Type : uint8_t { kF32, kF64, kBF16, kF16 };
 enum class BFloat16 : uint16_t {};  // enumerations, not structs: g++ vectorizes loops over enumerations
 enum class Half : uint16_t {};
 
-template <class T> struct WideOf { using type = float; };
-template <> struct WideOf<double> { using type = double; };
-template <class T> using Wide = typename WideOf<T>::type;  // the type that numbers stored as T are computed in
+// The type that numbers stored as T are computed in.
+template <class T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 MUP2_FN float from_bits(uint32_t bits) {
   float x;
@@ -89,7 +88,10 @@ template <class T> MUP2_FN T narrow(Wide<T> x) {
 }
 
 // Storage types of a weight and its gradient. A gradient has the type of its weight, or float32.
-struct Types { Type w, g; };
+struct Types {
+  Type w, g;
+  bool operator==(const Types& other) const { return w == other.w && g == other.g; }
+};
 
 // Calls f(W{}, G{}) with the C++ types that these stand for.
 template <class F> static inline auto with_types(Types t, F f) {
@@ -102,8 +104,6 @@ template <class F> static inline auto with_types(Types t, F f) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------ arithmetic
-
 MUP2_FN float magnitude(float x) { return fabsf(x); }
 MUP2_FN double magnitude(double x) { return fabs(x); }
 MUP2_FN float root(float x) { return sqrtf(x); }
@@ -111,14 +111,7 @@ MUP2_FN double root(double x) { return sqrt(x); }
 MUP2_FN bool is_finite(double x) { return x - x == 0; }
 
 // a * b + c, rounded once where the processor can. torch's own kernels compute these terms like this.
-MUP2_FN float fused(float a, float b, float c) {
-#ifdef MUP2_FMA
-  return fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-MUP2_FN double fused(double a, double b, double c) {
+template <class R> MUP2_FN R fused(R a, R b, R c) {
 #ifdef MUP2_FMA
   return fma(a, b, c);
 #else

@@ -3,7 +3,6 @@
 #include <stdint.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "core/batches.h"
@@ -43,18 +42,18 @@ template <class B> void append(B& batch, const Entry& e, int group) {
   batch.n_chunks += chunks_of(e.numel);
 }
 
-// Calls launch(batch, types) until all entries [begin, end) have been in a batch, in order. The entries belong to one
-// device. Those of one batch have the same types.
-template <class B, class E, class Launch>
-void in_batches(const E* begin, const E* end, const std::vector<typename B::GroupType>& groups, Launch launch) {
+// Calls launch(batch, types) until all entries have been in a batch, in order. The entries belong to one device. Those
+// of one batch have the same types.
+template <class B, class List, class Launch>
+void in_batches(const List& entries, const std::vector<typename B::GroupType>& groups, Launch launch) {
   static thread_local B batch;
   int64_t partials = 0;
-  for (const E* e = begin; e != end;) {
+  for (auto e = entries.begin(); e != entries.end();) {
     const Types types = e->types;
     batch.n_items = batch.n_groups = batch.n_chunks = 0;
-    batch.first_tensor = e - begin, batch.first_partial = partials;
+    batch.first_tensor = e - entries.begin(), batch.first_partial = partials;
     int group = 0, last = -1;  // position in the batch, and in the caller's table, of the group of the last entry
-    for (; e != end && batch.n_items < B::kCapacity && e->types.w == types.w && e->types.g == types.g; ++e) {
+    for (; e != entries.end() && batch.n_items < B::kCapacity && e->types == types; ++e) {
       if (batch.n_chunks && batch.n_chunks + chunks_of(e->numel) > INT32_MAX) break;  // a grid has no more blocks
       if constexpr (!std::is_same_v<typename B::GroupType, None>)
         if (e->group != last && (group = group_in(batch, groups[last = e->group])) < 0) break;

@@ -69,8 +69,7 @@ struct Adam {
   }
 };
 
-template <class Method, int P = Method::kPointers, class Hyper = typename Method::Hyper>
-using UpdateBatch = Batch<P, Hyper, capacity<P, Hyper>()>;
+template <class Method> using UpdateBatch = Batch<Method::kPointers, typename Method::Hyper>;
 
 // Numbers in memory of the device that decide whether an update happens. Only nonfinite and counter must not be null.
 struct Control {

@@ -6,10 +6,7 @@
 
 #include "cpu/kernels.h"
 
-namespace mup2 {
-namespace {
-
-const CpuKernels& choose() {
+static const mup2::CpuKernels& choose() {
   const char* wish = getenv("MUP2_CPU");
   const std::string name = wish ? wish : "";
   if (!name.empty() && name != "baseline" && name != "avx2" && name != "avx512")
@@ -18,17 +15,13 @@ const CpuKernels& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && (name.empty() || name == "avx512")) return kCpuAvx512;
-  if (avx2 && name != "baseline") return kCpuAvx2;
+  if (avx512 && (name.empty() || name == "avx512")) return mup2::kCpuAvx512;
+  if (avx2 && name != "baseline") return mup2::kCpuAvx2;
 #endif
-  return kCpuBaseline;
+  return mup2::kCpuBaseline;
 }
 
-}  // namespace
-
-const CpuKernels& cpu_kernels() {
+const mup2::CpuKernels& mup2::cpu_kernels() {
   static const CpuKernels& chosen = choose();
   return chosen;
 }
-
-}  // namespace mup2

@@ -1,6 +1,6 @@
 // The CPU kernels, once per instruction set.
 #pragma once
-#include "core/norm.h"
+#include "core/sam.h"
 #include "core/updates.h"
 
 namespace mup2 {

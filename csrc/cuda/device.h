@@ -5,8 +5,6 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "cuda/kernels.h"
 
 #ifndef MUP2_SHARED
@@ -17,8 +15,6 @@ namespace mup2 {
 namespace {
 
 template <class T> constexpr int kVector = kVectorBytes / sizeof(T);  // elements of one memory access
-
-// ------------------------------------------------------------------------------------------------ access to memory
 
 // n elements that are read or written together.
 template <class T, int n> struct alignas(sizeof(T) * n < kVectorBytes ? sizeof(T) * n : kVectorBytes) Pack {
@@ -42,8 +38,6 @@ template <class T, int n> __device__ void store(T* to, const Pack<T, n>& pack, i
   for (int j = 0; j < n; ++j)
     if (j < left) to[j] = pack.x[j];
 }
-
-// ------------------------------------------------------------------------------------------------ sums over a block
 
 // Shared memory of a block.
 struct Scratch {
@@ -80,8 +74,6 @@ __device__ inline bool last_to_arrive(uint32_t* counter, uint32_t expected, Scra
   __syncthreads();
   return scratch.last;
 }
-
-// ------------------------------------------------------------------------------------------------ launches
 
 // Starts a kernel with kThreads threads per block. Through cudaLaunchKernelEx, so that a test can supply its own.
 template <class... Parameters, class... Arguments>

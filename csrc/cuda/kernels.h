@@ -1,7 +1,7 @@
 // The CUDA kernels as the host starts them. Each function takes one batch of tensors of one device and works on a
 // cudaStream_t, without waiting for it. It returns 0 or a cudaError_t.
 #pragma once
-#include "core/norm.h"
+#include "core/sam.h"
 #include "core/updates.h"
 
 namespace mup2 {
@@ -13,7 +13,6 @@ int cuda_from_sums(const NormState&, bool layerwise, void* stream);
 // Norm and coefficients once more, from the square of a norm over the tensors of several devices.
 int cuda_combine(const NormState&, const double* square, void* stream);
 int cuda_perturb(const PerturbBatch&, const double* coefficient, Types, Variant, void* stream);
-int cuda_update(const UpdateBatch<Sgd>&, const Control&, Types, void* stream);
-int cuda_update(const UpdateBatch<Adam>&, const Control&, Types, void* stream);
+template <class Method> int cuda_update(const UpdateBatch<Method>&, const Control&, Types, void* stream);
 
 }  // namespace mup2

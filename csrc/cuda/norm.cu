@@ -1,4 +1,4 @@
-// The joint norm and the coefficients of the perturbation, in one launch. See core/norm.h.
+// The joint norm and the coefficients of the perturbation, in one launch. See core/sam.h.
 #include "cuda/device.h"
 
 namespace mup2 {
@@ -78,7 +78,10 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   partials += item.first_chunk;
   const double gradient = ordered_block_sum(partials, c.chunks, scratch);
   const double weight = layerwise ? ordered_block_sum(partials + s.n_partials, c.chunks, scratch) : 0;
-  if (threadIdx.x == 0) contribute(s, tensor, batch.groups[item.group], layerwise, gradient, weight);
+  if (threadIdx.x == 0) {
+    s.radii[tensor] = batch.groups[item.group], s.sums[tensor][0] = gradient, s.sums[tensor][1] = weight;
+    contribute(s, tensor, layerwise);
+  }
   if (!last_to_arrive(&s.counters[s.n_tensors], s.n_tensors, scratch)) return;
   finish(s, ordered_block_sum(s.contribution, s.n_tensors, scratch));
 }
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const NormState s, co
 
 __global__ void __launch_bounds__(kThreads) from_sums_kernel(const NormState s, bool layerwise) {
   MUP2_SHARED(Scratch, scratch);
-  for (int i = threadIdx.x; i < s.n_tensors; i += kThreads) contribute_from_sums(s, i, layerwise);
+  for (int i = threadIdx.x; i < s.n_tensors; i += kThreads) contribute(s, i, layerwise);
   __syncthreads();
   finish(s, ordered_block_sum(s.contribution, s.n_tensors, scratch));
 }

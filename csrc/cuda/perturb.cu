@@ -7,7 +7,7 @@ namespace {
 template <int variant, class W, class G, class B>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const __grid_constant__ B batch, const double* coefficient) {
   constexpr int V = kVector<W>;
-  // From the end, because the gradients that the norm has read last are still in the L2 cache.
+  // Chunks are taken from the last to the first: the L2 cache still has the gradients that the norm read last.
   const Chunk c = locate(batch, batch.n_chunks - 1 - blockIdx.x);
   const Item<3>& item = batch.items[c.item];
   W* w = (W*)item.ptr[kW] + c.begin;

@@ -81,8 +81,10 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     for (uint32_t i = threadIdx.x; i < batch.n_items; i += kThreads) count_step(batch.items[i], shared.skip);
 }
 
+}  // namespace
+
 template <class Method>
-int launch_update(const UpdateBatch<Method>& batch, const Control& control, Types types, void* stream) {
+int cuda_update(const UpdateBatch<Method>& batch, const Control& control, Types types, void* stream) {
   return with_types(types, [&](auto w, auto g) {
     return with_size(batch, [&](const auto& b) {
       using B = std::decay_t<decltype(b)>;
@@ -91,13 +93,7 @@ int launch_update(const UpdateBatch<Method>& batch, const Control& control, Type
   });
 }
 
-}  // namespace
-
-int cuda_update(const UpdateBatch<Sgd>& batch, const Control& control, Types types, void* stream) {
-  return launch_update<Sgd>(batch, control, types, stream);
-}
-int cuda_update(const UpdateBatch<Adam>& batch, const Control& control, Types types, void* stream) {
-  return launch_update<Adam>(batch, control, types, stream);
-}
+template int cuda_update<Sgd>(const UpdateBatch<Sgd>&, const Control&, Types, void*);
+template int cuda_update<Adam>(const UpdateBatch<Adam>&, const Control&, Types, void*);
 
 }  // namespace mup2

@@ -1,8 +1,12 @@
 #include "torch/dispatch.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <fstream>
+
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
-#include "torch/threads.h"
 #ifdef MUP2_CUDA
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -10,63 +14,88 @@
 namespace mup2 {
 namespace {
 
-// Calls launch(stream) with the current stream of a GPU, and raises the error that it returns. launch is a template, so
-// that a build without CUDA contains no call of the CUDA kernels.
-template <class Launch> void on_cuda([[maybe_unused]] at::Device device, [[maybe_unused]] Launch launch) {
+// Whether weights, gradients and backups are more than the last cache holds. Then the kernels write past the caches.
+bool streams(Slice entries) {
+  // The cache that this processor shares. sysconf() would add up the caches of all parts of an AMD processor, although
+  // a core reaches only one of them.
+  static const int64_t cache = [] {
+    int64_t kilobytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;  // "32768K"
+    return kilobytes > 0 ? kilobytes << 10 : 1 << 25;
+  }();
+  int64_t bytes = 0;
+  for (const DeviceEntry& e : entries) bytes += e.numel * (e.types.w == kF64 ? 8 : e.types.w == kF32 ? 4 : 2);
+  return 3 * bytes > cache;
+}
+
+constexpr int64_t kGrain = 1 << 14;      // elements; fewer are not worth another thread
+constexpr int64_t kFull = kChunk + 128;  // cost of a full chunk in elements: every chunk costs 128 elements extra
+
+template <class B> int64_t work_of(const B& batch, uint32_t item) {
+  const Chunk first = chunk_of(batch, item, batch.items[item].first_chunk);
+  return first.chunks * kFull + batch.items[item].tail - kChunk;
+}
+
+// The first chunk of a batch before which at least `target` work lies.
+template <class B> int64_t chunk_at(const B& batch, int64_t target) {
+  for (uint32_t i = 0; i < batch.n_items; ++i) {
+    const int64_t work = work_of(batch, i);
+    if (target < work) return batch.items[i].first_chunk + (target + kFull - 1) / kFull;
+    target -= work;
+  }
+  return batch.n_chunks;
+}
+
+// Calls f(begin, end) for the chunks of a batch, on as many threads as pay. Threads get equal work, not equal numbers
+// of chunks: a model may have one large tensor and a hundred tensors of one small chunk each.
+template <class B, class F> void in_parallel(const B& batch, F f) {
+  int64_t work = 0;
+  for (uint32_t i = 0; i < batch.n_items; ++i) work += work_of(batch, i);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (work + kGrain - 1) / kGrain);
+  if (threads < 2) return f(0, batch.n_chunks);
+  at::parallel_for(0, threads, 1, [&](int64_t a, int64_t b) {
+    f(chunk_at(batch, work * a / threads), chunk_at(batch, work * b / threads));
+  });
+}
+
+// On a GPU calls cuda(stream) with the current stream, and raises the error that it returns; otherwise calls cpu().
+// cuda is a template, so that a build without CUDA contains no call of the CUDA kernels.
+template <class Cuda, class Cpu> void on(at::Device device, [[maybe_unused]] Cuda cuda, Cpu cpu) {
+  if (device.is_cpu()) return cpu();
 #ifdef MUP2_CUDA
-  void* stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-  const int error = launch(stream);
+  const int error = cuda((void*)c10::cuda::getCurrentCUDAStream(device.index()).stream());
   TORCH_CHECK(error == 0, "mup2_fused: CUDA says ", cudaGetErrorString(cudaError_t(error)));
 #else
   TORCH_INTERNAL_ASSERT(false, "mup2_fused was built without CUDA");
 #endif
 }
 
-void norm_on_cpu(const NormBatch& batch, const NormState& state, Types types, Variant variant) {
-  in_parallel(batch, [&](int64_t a, int64_t b) { cpu_kernels().norm(batch, state, types, variant, a, b); });
-  for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, state, variant == kLayerwise);
-}
-
 // The norm over the entries of one device.
-void norm(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<Radius>& radii, Variant variant,
-          Workspace& ws) {
-  int64_t chunks = 0, tensors = 0;
-  for (const DeviceEntry* e = begin; e != end; ++e) chunks += chunks_of(e->numel), ++tensors;
-  ws.reserve(tensors, chunks, variant == kLayerwise);
+void norm(Slice entries, const std::vector<Radius>& radii, Variant variant, Workspace& ws) {
+  int64_t chunks = 0;
+  for (const DeviceEntry& e : entries) chunks += chunks_of(e.numel);
+  ws.reserve(entries.size(), chunks, variant == kLayerwise);
   const NormState& s = ws.state();
-  const at::Device device = begin->device;
-  in_batches<NormBatch>(begin, end, radii, [&](const NormBatch& batch, Types types) {
-    if (device.is_cuda())
-      on_cuda(device, [&](auto stream) { return cuda_norm(batch, s, types, variant, stream); });
-    else
-      norm_on_cpu(batch, s, types, variant);
+  const at::Device device = entries[0].device;
+  in_batches<NormBatch>(entries, radii, [&](const NormBatch& batch, Types types) {
+    on(device, [&](auto stream) { return cuda_norm(batch, s, types, variant, stream); }, [&] {
+      in_parallel(batch, [&](int64_t a, int64_t b) { cpu_kernels().norm(batch, s, types, variant, a, b); });
+      for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, s, variant == kLayerwise);
+    });
   });
-  if (device.is_cpu()) finish_all(s, ordered_sum(s.contribution, tensors));
-}
-
-// Norm and coefficients once more, from sums that have been added up over processes.
-void from_sums(const NormState& s, bool layerwise, at::Device device) {
-  if (device.is_cuda())
-    on_cuda(device, [&](auto stream) { return cuda_from_sums(s, layerwise, stream); });
-  else
-    finish_from_sums(s, layerwise);
+  if (device.is_cpu()) finish_all(s, ordered_sum(s.contribution, s.n_tensors));
 }
 
 // Norm and coefficients once more, from the square of the norm over the tensors of all devices.
-void combine(const NormState& s, const double* square, at::Device device) {
-  if (device.is_cuda())
-    on_cuda(device, [&](auto stream) { return cuda_combine(s, square, stream); });
-  else
-    finish_all(s, *square);
-}
-
-void combine_devices(const std::vector<at::Device>& devices, Workspaces& all) {
+void combine(const std::vector<at::Device>& devices, Workspaces& all) {
   Tensor sum = workspace(all, devices[0]).square().clone();
   for (size_t i = 1; i < devices.size(); ++i) sum += workspace(all, devices[i]).square().to(devices[0]);
   for (at::Device device : devices) {
     const c10::DeviceGuard guard(device);
-    const Tensor square = sum.to(device);
-    combine(workspace(all, device).state(), square.data_ptr<double>(), device);
+    const NormState& s = workspace(all, device).state();
+    const Tensor on_device = sum.to(device);
+    const double* square = on_device.data_ptr<double>();
+    on(device, [&](auto stream) { return cuda_combine(s, square, stream); }, [&] { finish_all(s, *square); });
   }
 }
 
@@ -85,57 +114,44 @@ void update_on_cpu(const UpdateBatch<Method>& batch, const Control& control, Typ
 
 }  // namespace
 
-Variant variant_of(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "sam" || name == "elementwise" || name == "layerwise", "unknown variant ", name,
-                    ": it is sam, elementwise or layerwise");
-  return name == "sam" ? kSam : name == "elementwise" ? kElementwise : kLayerwise;
-}
-
-void norms(std::vector<DeviceEntry>& entries, const std::vector<Radius>& radii, Variant variant, Workspaces& all,
+void norms(const std::vector<DeviceEntry>& entries, const std::vector<Radius>& radii, Variant variant, Workspaces& all,
            const Reduce& reduce) {
   std::vector<at::Device> devices;
-  per_device(entries, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
+  const bool layerwise = variant == kLayerwise;
+  per_device(entries, [&](Slice slice, at::Device device) {
     Workspace& ws = workspace(all, device);
-    norm(begin, end, radii, variant, ws);
-    if (reduce) {
-      reduce(ws.sums(), begin, end);
-      from_sums(ws.state(), variant == kLayerwise, device);
-    }
+    norm(slice, radii, variant, ws);
     devices.push_back(device);
+    if (!reduce) return;
+    reduce(ws.sums(), slice);
+    on(device, [&](auto stream) { return cuda_from_sums(ws.state(), layerwise, stream); },
+       [&] { finish_from_sums(ws.state(), layerwise); });
   });
-  if (devices.size() > 1) combine_devices(devices, all);
+  if (devices.size() > 1) combine(devices, all);
 }
 
-void perturb(const DeviceEntry* begin, const DeviceEntry* end, const double* coefficient, Variant variant) {
-  const at::Device device = begin->device;
-  const bool streaming = streams(begin, end);
-  in_batches<PerturbBatch>(begin, end, {}, [&](const PerturbBatch& batch, Types types) {
-    if (device.is_cuda())
-      on_cuda(device, [&](auto stream) { return cuda_perturb(batch, coefficient, types, variant, stream); });
-    else
+void perturb(Slice entries, const double* coefficient, Variant variant) {
+  const bool streaming = streams(entries);
+  in_batches<PerturbBatch>(entries, {}, [&](const PerturbBatch& batch, Types types) {
+    on(entries[0].device, [&](auto stream) { return cuda_perturb(batch, coefficient, types, variant, stream); }, [&] {
       in_parallel(batch, [&](int64_t a, int64_t b) {
         cpu_kernels().perturb(batch, coefficient, types, variant, streaming, a, b);
       });
+    });
   });
 }
 
 template <class Method>
-void update(const DeviceEntry* begin, const DeviceEntry* end, const std::vector<typename Method::Hyper>& hypers,
-            const Control& control) {
-  const at::Device device = begin->device;
-  const bool streaming = streams(begin, end);
-  Control next = control;
-  in_batches<UpdateBatch<Method>>(begin, end, hypers, [&](const UpdateBatch<Method>& batch, Types types) {
-    const Control now = next;
-    if (batch.n_chunks) next.skipped = nullptr;  // the first launch counts a skipped step, the others do not
-    if (device.is_cuda())
-      on_cuda(device, [&](auto stream) { return cuda_update(batch, now, types, stream); });
-    else
-      update_on_cpu<Method>(batch, now, types, streaming);
+void update(Slice entries, const std::vector<typename Method::Hyper>& hypers, Control control) {
+  const bool streaming = streams(entries);
+  in_batches<UpdateBatch<Method>>(entries, hypers, [&](const UpdateBatch<Method>& batch, Types types) {
+    on(entries[0].device, [&](auto stream) { return cuda_update<Method>(batch, control, types, stream); },
+       [&] { update_on_cpu<Method>(batch, control, types, streaming); });
+    if (batch.n_chunks) control.skipped = nullptr;  // the first launch counts a skipped step, the others do not
   });
 }
 
-template void update<Sgd>(const DeviceEntry*, const DeviceEntry*, const std::vector<Sgd::Hyper>&, const Control&);
-template void update<Adam>(const DeviceEntry*, const DeviceEntry*, const std::vector<Adam::Hyper>&, const Control&);
+template void update<Sgd>(Slice, const std::vector<Sgd::Hyper>&, Control);
+template void update<Adam>(Slice, const std::vector<Adam::Hyper>&, Control);
 
 }  // namespace mup2

@@ -12,15 +12,14 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> walk(const std::vector<int64_
   std::vector<Entry> entries(sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) entries[i].numel = sizes[i];
   std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
-  const auto look = [&](const PerturbBatch& batch, Types) {
+  in_batches<PerturbBatch>(entries, {}, [&](const PerturbBatch& batch, Types) {
     for (int64_t chunk : chunks) {
       const int64_t local = chunk - batch.first_partial;
       if (local < 0 || local >= batch.n_chunks) continue;
       const Chunk c = locate(batch, local);
       found.emplace_back(batch.first_tensor + c.item, c.begin, c.count);
     }
-  };
-  in_batches<PerturbBatch>(entries.data(), entries.data() + entries.size(), {}, look);
+  });
   return found;
 }
 

@@ -7,33 +7,31 @@ namespace mup2 {
 namespace {
 
 // Entries of the lists that an operator is given. All tensors are on one device. Empty ones are left out.
-struct Lists {
-  Entries entries;
-
+struct Lists : Entries {
   struct List {
     int which;  // position in Item::ptr
     at::TensorList tensors;
     bool written, optional = false;
   };
-  void add(at::TensorList w, std::initializer_list<List> others, bool writes_w) {
-    for (const List& list : others)
-      TORCH_CHECK(list.tensors.size() == w.size() || (list.optional && list.tensors.empty()),
+  Lists(at::TensorList w, std::initializer_list<List> others, bool writes_w = true) {
+    for (const List& other : others)
+      TORCH_CHECK(other.tensors.size() == w.size() || (other.optional && other.tensors.empty()),
                   "lists of tensors must have equal lengths; an optional list may be empty");
     for (size_t i = 0; i < w.size(); ++i) {
       if (writes_w) w[i].unsafeGetTensorImpl()->bump_version();
       TORCH_CHECK(w[i].device() == w[0].device(), "all tensors of one call must be on one device");
       if (w[i].numel() == 0) continue;
-      entries.add(w[i], i).index = i;
-      for (const List& list : others)
-        if (!list.tensors.empty()) entries.set(list.which, list.tensors[i], list.written);
+      add(w[i], i).index = i;
+      for (const List& other : others)
+        if (!other.tensors.empty()) set(other.which, other.tensors[i], other.written);
     }
-    entries.sort();
+    sort();
   }
   // For each entry, in the order of the kernels: its position in the operator's lists.
   Tensor positions(at::Device device) const {
-    Tensor t = at::empty({int64_t(entries.list.size())}, at::kLong);
-    for (size_t i = 0; i < entries.list.size(); ++i) t.data_ptr<int64_t>()[i] = entries.list[i].index;
-    return t.to(device);
+    std::vector<int64_t> index;
+    for (const DeviceEntry& e : list) index.push_back(e.index);
+    return at::tensor(index, at::kLong).to(device);
   }
 };
 
@@ -42,16 +40,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint_norm(at::TensorList w, at::Tens
                                                       c10::string_view variant) {
   TORCH_CHECK(!w.empty() && rho.size() == w.size() && gradnorm_scaling.size() == w.size(), "joint_norm needs one or "
               "more tensors, and for each of them a gradient, a rho and a gradnorm_scaling");
-  Lists lists;
-  lists.add(w, {{kG, g, false}}, false);
+  Lists lists(w, {{kG, g, false}}, false);
   std::vector<Radius> radii;
   for (size_t i = 0; i < w.size(); ++i) radii.push_back({rho[i], gradnorm_scaling[i]});
   Workspaces all;
-  norms(lists.entries.list, radii, variant_of(std::string(variant)), all);
+  norms(lists.list, radii, variant_of(std::string(variant)), all);
   Workspace& ws = workspace(all, w[0].device());
-  if (lists.entries.list.empty()) {
+  if (lists.list.empty()) {
     ws.reserve(0, 0, false);
-    ws.clear_norm();
+    ws.norm().zero_();
   }
   const Tensor positions = lists.positions(w[0].device());
   const auto at_positions = [&](const Tensor& x) {
@@ -63,41 +60,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint_norm(at::TensorList w, at::Tens
 
 void perturb_(at::TensorList w, at::TensorList g, at::TensorList backup, const Tensor& coefficients,
               c10::string_view variant) {
-  Lists lists;
-  lists.add(w, {{kG, g, false}, {kBackup, backup, true}}, true);
+  Lists lists(w, {{kG, g, false}, {kBackup, backup, true}});
   const Tensor c = coefficients.to(at::kDouble).index_select(0, lists.positions(coefficients.device()));
-  per_device(lists.entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
+  per_device(lists.list, [&](Slice entries, at::Device device) {
     TORCH_CHECK(c.device() == device, "coefficients must be on the device of the tensors");
-    perturb(begin, end, c.data_ptr<double>(), variant_of(std::string(variant)));
+    perturb(entries, c.data_ptr<double>(), variant_of(std::string(variant)));
   });
-  lists.entries.copy_back();
+  lists.copy_back();
 }
 
 // The update of all entries with the same hyper-parameters. skip, if given: one number; not 0: only restore.
 template <class Method>
 void update_lists(Lists& lists, const typename Method::Hyper& hyper, const std::optional<Tensor>& skip) {
-  for (DeviceEntry& e : lists.entries.list) e.group = 0;
-  per_device(lists.entries.list, [&](const DeviceEntry* begin, const DeviceEntry* end, at::Device device) {
+  for (DeviceEntry& e : lists.list) e.group = 0;
+  per_device(lists.list, [&](Slice entries, at::Device device) {
     Workspace ws(device);
     Control control = ws.control();
     Tensor flag;
     TORCH_CHECK(!skip || skip->numel() == 1, "skip must be one number");
-    if (skip) control.nonfinite = ints(flag = skip->to(device, at::kInt));
-    update<Method>(begin, end, {hyper}, control);
+    if (skip) control.nonfinite = (int32_t*)(flag = skip->to(device, at::kInt)).data_ptr();
+    update<Method>(entries, {hyper}, control);
   });
-  lists.entries.copy_back();
+  lists.copy_back();
 }
 
 void restore_(at::TensorList w, at::TensorList backup) {
-  Lists lists;
-  lists.add(w, {{kBackup, backup, false}}, true);
-  update_lists<Sgd>(lists, {}, {});
+  Lists lists(w, {{kBackup, backup, false}});
+  Workspaces all;
+  restore(lists, all);
 }
 
 // Sets the learning rate. Returns the tensor that the kernels read it from; it must live until they are started.
 template <class Hyper> Tensor set_lr(Hyper& h, const Tensor& lr, const at::TensorList w) {
   const Tensor on_device = !w.empty() && w[0].is_cuda() && lr.is_cuda() ? lr.to(w[0].device(), at::kFloat) : lr;
-  h.lr_tensor = on_device.is_cuda() ? floats(on_device) : nullptr;
+  h.lr_tensor = on_device.is_cuda() ? on_device.data_ptr<float>() : nullptr;
   h.lr = h.lr_tensor ? 0 : lr.item<double>();
   return on_device;
 }
@@ -105,8 +101,7 @@ template <class Hyper> Tensor set_lr(Hyper& h, const Tensor& lr, const at::Tenso
 void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList momentum_buffer, const Tensor& lr,
           double weight_decay, double momentum, double dampening, bool nesterov, bool maximize, bool first,
           const std::optional<Tensor>& skip) {
-  Lists lists;
-  lists.add(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, momentum_buffer, true, momentum == 0}}, true);
+  Lists lists(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, momentum_buffer, true, momentum == 0}});
   Sgd::Hyper h = {0, weight_decay, momentum, dampening, nullptr, nesterov, maximize, first};
   const Tensor keep = set_lr(h, lr, w);
   update_lists<Sgd>(lists, h, skip);
@@ -115,13 +110,12 @@ void sgd_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorL
 void adam_(at::TensorList w, at::TensorList g, at::TensorList backup, at::TensorList exp_avg, at::TensorList exp_avg_sq,
            at::TensorList steps, const Tensor& lr, double weight_decay, double beta1, double beta2, double eps,
            bool decoupled, bool maximize, const std::optional<Tensor>& skip) {
-  Lists lists;
   TORCH_CHECK(steps.size() == w.size(), "adam_ needs a step count for each tensor");
   for (size_t i = 0; i < w.size(); ++i)
     TORCH_CHECK(steps[i].device() == w[i].device() && steps[i].scalar_type() == at::kFloat && steps[i].numel() == 1,
                 "a step count is one float32 number on the device of its tensor");
-  lists.add(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}}, true);
-  for (DeviceEntry& e : lists.entries.list) e.ptr[kSteps] = floats(steps[e.index]);
+  Lists lists(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}});
+  for (DeviceEntry& e : lists.list) e.ptr[kSteps] = steps[e.index].data_ptr<float>();
   Adam::Hyper h = {0, weight_decay, beta1, beta2, eps, nullptr, decoupled, maximize};
   const Tensor keep = set_lr(h, lr, w);
   update_lists<Adam>(lists, h, skip);

@@ -11,19 +11,9 @@
 #include <vector>
 
 #include "torch/dispatch.h"
-#include "torch/options.h"
 #include "torch/objects.h"
 
 namespace mup2 {
-
-// How an update is to be done, besides the options of its groups.
-struct UpdateOptions {
-  std::optional<Tensor> grad_scale, found_inf;  // of torch.amp.GradScaler
-  bool skip_nonfinite = false;                  // skip the update if a gradient of the second pass is not finite
-  bool counts = true;                           // count the step if it is skipped
-  // share(flag), if not None, sets the flag if it is set in another process that holds parts of the tensors.
-  py::object share = py::none();
-};
 
 // The plan keeps the backups from step to step, and a workspace per device.
 class Plan {
@@ -36,16 +26,29 @@ class Plan {
 
   // Second pass: restores and updates at once, and sets phase.backups to None. Returns false, and has changed nothing,
   // if the kernels cannot do it. method: sgd, adam or adamw. create(parameter, keys) makes and returns missing state.
+  // grad_scale and found_inf are those of torch.amp.GradScaler. skip_nonfinite: skip the update if a gradient of the
+  // second pass is not finite. share(flag), if not None, sets that flag if it is set in another process that holds
+  // parts of the tensors.
   bool descend(const py::list& groups, const py::dict& state, const py::object& phase, const std::string& method,
                const py::function& create, const std::optional<Tensor>& grad_scale,
                const std::optional<Tensor>& found_inf, bool skip_nonfinite, const py::object& share);
 
   void restore(const py::list& backups);
 
-  bool finite();                // whether the last joint norm was finite; waits for the device
-  int64_t skipped();            // number of steps that have been skipped; waits for the device
+  // Whether the last joint norm was finite. This and the next two wait for the device.
+  bool finite() {
+    for (auto& [device, ws] : workspaces_)
+      if (ws.nonfinite().item<int>()) return false;
+    return true;
+  }
+  // The number of steps that have been skipped.
+  int64_t skipped() {
+    int64_t sum = 0;
+    for (auto& [device, ws] : workspaces_) sum += ws.skipped().item<int64_t>();
+    return sum;
+  }
+  py::tuple norms();             // (joint norm, [gradnorm_scaling ||T g|| per backup]) of the last first pass
   std::vector<Tensor> memory();  // what the kernels of a captured graph write to, besides parameters, gradients, state
-  py::tuple norms();            // (joint norm, [gradnorm_scaling ||T g|| per backup]) of the last first pass
 
  private:
   struct Climb {
@@ -58,25 +61,20 @@ class Plan {
   bool collect(py::handle group, bool with_empty, Climb& climb);
   const Tensor& backup(size_t n, py::handle parameter, const Tensor& w);
   void run(Climb& climb, Variant variant, const py::object& reduce);
-  void copy_flag_to(Workspace& ws);
+  // For a device without perturbed tensors: the flag of those with some, or 0 if no device has any.
+  void copy_flag_to(Workspace& ws) {
+    if (order_.empty())
+      ws.nonfinite().zero_();
+    else
+      ws.nonfinite().copy_(workspace(workspaces_, order_.begin()->first).nonfinite());
+  }
 
-  struct Descent {
-    const py::list& groups;
-    const py::dict& state;
-    const py::object& phase;
-    const py::function& create;
-    bool decoupled;
-    UpdateOptions options;
-  };
-  template <class Method> struct Updates {
-    std::vector<typename Method::Hyper> hypers;  // per group
-    std::vector<Update> list;
-    std::vector<const Tensor*> changed;  // parameters
-  };
+  struct Descent;
   template <class Method> bool descend_with(const Descent& d);
-  template <class Method> bool collect(const Descent& d, Updates<Method>& updates);
   template <class Method>
-  void run(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const UpdateOptions& options);
+  bool collect(const Descent& d, std::vector<typename Method::Hyper>& hypers, std::vector<Update>& updates);
+  template <class Method>
+  void run(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const Descent& d);
   void find_nonfinite(const Entries& entries, const py::object& share);
 
   Backups backups_{py::list()};

@@ -1,6 +1,7 @@
 // From torch's tensors to the pointers that kernels take: checks, order of elements, copies where needed.
 #pragma once
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <tuple>
 #include <vector>
@@ -11,19 +12,37 @@ namespace mup2 {
 
 using at::Tensor;
 
-// ------------------------------------------------------------------------------------------------ checks
-
 #ifdef MUP2_CUDA
 constexpr bool kBuiltWithCuda = true;
 #else
 constexpr bool kBuiltWithCuda = false;
 #endif
 
-// The errors of the checks below. They are functions of their own to keep the checks small.
-[[noreturn]] void refuse_type(const Tensor& t);
-[[noreturn]] void refuse_device(const Tensor& t);
-[[noreturn]] void refuse_overlap(const Tensor& t);
-[[noreturn]] void refuse_misfit(const Tensor& t, const Tensor& parameter, at::Device device);
+// The errors are functions of their own that are never inlined, to keep the checks small and fast.
+#define MUP2_ERROR [[noreturn, gnu::cold, gnu::noinline]] inline void
+constexpr char kOtherwise[] = ": use SAM(..., backend=\"torch\")";
+
+MUP2_ERROR refuse_type(const Tensor& t) {
+  TORCH_CHECK_TYPE(false, "mup2_fused has kernels for float32, float64, bfloat16 and float16, not for ",
+                   t.scalar_type(), kOtherwise);
+}
+inline bool is_subclass(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
+MUP2_ERROR refuse_device(const Tensor& t) {
+  TORCH_CHECK_TYPE(!is_subclass(t), "mup2_fused has kernels for plain tensors and DTensors, not for other subclasses "
+                   "of tensors", kOtherwise);
+  TORCH_CHECK(!t.is_cuda(), "mup2_fused was built without CUDA, but a parameter is on ", t.device(), ": build it where "
+              "torch has CUDA and nvcc is found (MUP2_CUDA=1 python setup.py build_ext --inplace), or use "
+              "SAM(..., backend=\"torch\")");
+  TORCH_CHECK(false, "mup2_fused has kernels for the CPU and for CUDA, not for ", t.device(), kOtherwise);
+}
+MUP2_ERROR refuse_overlap(const Tensor& t) {
+  TORCH_CHECK(false, "several elements of a tensor that is written lie in one place (shape ", t.sizes(), ", strides ",
+              t.strides(), "): clone() the tensor");
+}
+MUP2_ERROR refuse_misfit(const Tensor& t, const Tensor& parameter, at::Device device) {
+  TORCH_CHECK(false, "a tensor of shape ", t.sizes(), " on ", t.device(), " belongs to a parameter of shape ",
+              parameter.sizes(), " on ", device, ": they must be equal");
+}
 
 // Raises TypeError if the kernels have no such type of number.
 inline Type type_of(const Tensor& t) {
@@ -41,18 +60,14 @@ inline bool has_kernel(const Tensor& t) {
   return t.layout() == at::kStrided &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
-inline bool is_subclass(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
-
 // Raises TypeError for subclasses of tensors, and RuntimeError for devices without kernels.
 inline void check_device(const Tensor& t) {
   if (is_subclass(t) || !(t.is_cpu() || (kBuiltWithCuda && t.is_cuda()))) refuse_device(t);
 }
 // Whether several elements of a tensor surely lie in one place.
-bool has_overlap(const Tensor& t);
-inline bool overlaps_itself(const Tensor& t) { return !t.is_non_overlapping_and_dense() && has_overlap(t); }
-
-inline float* floats(const Tensor& t) { return t.data_ptr<float>(); }
-inline int32_t* ints(const Tensor& t) { return t.data_ptr<int32_t>(); }
+inline bool overlaps_itself(const Tensor& t) {
+  return !t.is_non_overlapping_and_dense() && at::has_internal_overlap(t) == at::MemOverlap::Yes;
+}
 
 // For short lists: == of two IntArrayRefs calls memcmp.
 inline bool equal(at::IntArrayRef a, at::IntArrayRef b) {
@@ -66,8 +81,6 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return equal(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous());
 }
 
-// ------------------------------------------------------------------------------------------------ entries
-
 // One parameter of a call, with its device and the number by which the caller knows it.
 struct DeviceEntry : Entry {
   at::Device device = at::kCPU;
@@ -75,6 +88,8 @@ struct DeviceEntry : Entry {
   // Entries of one launch have equal buckets.
   std::tuple<int, int, int> bucket() const { return {device.is_cuda() ? device.index() : -1, types.w, types.g}; }
 };
+
+using Slice = at::ArrayRef<DeviceEntry>;  // the entries of one device, which is current
 
 // The parameters of a call. A tensor whose elements do not lie as the elements of its parameter do is copied into that
 // order, and the kernels work on the copy. At the end, copy_back() copies what they have written.
@@ -86,8 +101,7 @@ class Entries {
   // Begins the entry of a parameter. All its tensors get the order of w, or the order of a contiguous tensor if w has
   // gaps. w must live until the last set() of the entry: counting a reference per tensor would cost more than the rest.
   DeviceEntry& add(const Tensor& w, int group) {
-    list.emplace_back();
-    DeviceEntry& e = list.back();
+    DeviceEntry& e = list.emplace_back();
     check_device(w);
     e.numel = w.numel(), e.group = group, e.device = w.device();
     e.types = {type_of(w), type_of(w)};
@@ -113,18 +127,50 @@ class Entries {
   }
 
   // Adds an entry that stands for an empty part of a distributed tensor: one element of every kind, all 0.
-  DeviceEntry& add_zero(const Tensor& w, const Tensor& g, int group);
-  void copy_back();
+  DeviceEntry& add_zero(const Tensor& w, const Tensor& g, int group) {
+    const auto zero = [&](const at::TensorOptions& options) {
+      copies_.push_back({{}, at::zeros({}, options), false});  // keeps it alive
+      return copies_.back().copy;
+    };
+    const Tensor zero_w = zero(w.options());
+    add(zero_w, group);
+    set(kG, zero(g.options()), false);
+    for (int which : {kBackup, kM, kV}) set(which, zero(w.options()), false);
+    list.back().ptr[kSteps] = zero(w.options().dtype(at::kFloat)).data_ptr();
+    return list.back();
+  }
+
+  void copy_back() {
+    for (auto& [tensor, copy, written] : copies_)
+      if (written) tensor.copy_(copy);
+    copies_.clear();
+  }
+
   // Sorts by device and types, and leaves the order within these as it is.
-  void sort();
+  void sort() {
+    const auto before = [](const DeviceEntry& a, const DeviceEntry& b) { return a.bucket() < b.bucket(); };
+    if (!std::is_sorted(list.begin(), list.end(), before)) std::stable_sort(list.begin(), list.end(), before);
+  }
 
  private:
   struct Copy {
     Tensor tensor, copy;
     bool written;
   };
-  void set_type(int which, const Tensor& t);
-  void* copy(const Tensor& t, bool written);
+  [[gnu::noinline]] void set_type(int which, const Tensor& t) {
+    Types& types = list.back().types;
+    TORCH_CHECK_TYPE(which == kG, "a state tensor is ", t.scalar_type(), ", its parameter is ", order_->scalar_type(),
+                     ": they must have the same type");
+    types.g = type_of(t);
+    TORCH_CHECK_TYPE(types.g == types.w || types.g == kF32, "a gradient is ", t.scalar_type(), ", its parameter is ",
+                     order_->scalar_type(), ": only float32 gradients may have another type than their parameter");
+  }
+  [[gnu::noinline]] void* copy(const Tensor& t, bool written) {
+    Tensor ordered = at::empty_strided(order_->sizes(), order_->strides(), t.options());
+    ordered.copy_(t);
+    copies_.push_back({t, ordered, written});
+    return ordered.data_ptr();
+  }
 
   std::vector<Copy> copies_;
   Tensor contiguous_;

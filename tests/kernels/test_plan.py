@@ -15,12 +15,10 @@ from mup2_fused import _C
 class Optimizer:
     """A plan together with the objects that it is given: groups and state of a torch optimizer, and a phase."""
 
-    def __init__(self, base, params, device="cpu", **options):
+    def __init__(self, base, params, **options):
         self.params = params
-        group = dict(params=params, rho=0.5, gradnorm_scaling=2.0, perturb=True)
-        self.base = base([group], lr=0.1, **options)
-        self.phase = SimpleNamespace(backups=None)
-        self.plan = _C.Plan()
+        self.base = base([dict(params=params, rho=0.5, gradnorm_scaling=2.0, perturb=True)], lr=0.1, **options)
+        self.phase, self.plan = SimpleNamespace(backups=None), _C.Plan()
 
     def climb(self, variant="sam", reduce=None):
         return self.plan.climb(self.base.param_groups, self.phase, variant, reduce)
@@ -98,14 +96,11 @@ def test_sums_over_processes(device):
 
 def test_it_refuses_and_changes_nothing():
     """Then torch's operations do the pass."""
-    sparse = nn.Parameter(torch.randn(4, 2))
-    sparse.grad = torch.ones(4, 2).to_sparse()
-    w = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
-    w.grad = torch.ones_like(w)
-    memory = torch.randn(8)
-    twins = [nn.Parameter(memory[:5]), nn.Parameter(memory[4:])]
-    for p in twins:
+    sparse, w, memory = (nn.Parameter(torch.randn(8, dtype=t)) for t in (F32, torch.cfloat, F32))
+    twins = [nn.Parameter(memory.data[:5]), nn.Parameter(memory.data[4:])]
+    for p in (sparse, w, *twins):
         p.grad = torch.ones_like(p)
+    sparse.grad = sparse.grad.to_sparse()
     for params in ([sparse], [w], twins):
         o, before = Optimizer(torch.optim.SGD, params), clones(params)
         assert not o.climb() and o.phase.backups is None and all(map(torch.equal, params, before))
@@ -121,7 +116,7 @@ def test_it_refuses_and_changes_nothing():
         assert equal(o.params, [w for _, w in backups])
 
 
-def test_unknown_devices_and_types_say_what_to_do():
+def test_unknown_devices_and_variants():
     p = nn.Parameter(torch.empty(3, device="meta"))
     p.grad = torch.empty(3, device="meta")
     with pytest.raises(RuntimeError, match=r'for the CPU and for CUDA, not for meta: use SAM\(..., backend="torch"\)'):

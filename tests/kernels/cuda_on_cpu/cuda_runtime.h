@@ -11,11 +11,11 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <thread>
-#include <utility>
 #include <vector>
-#if defined(__SANITIZE_THREAD__)
+#ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -27,23 +27,18 @@
 #define __launch_bounds__(...)
 #define MUP2_SHARED(type, name) auto& name = cuda_on_cpu::shared<type>()
 
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-  dim3(unsigned x = 1) : x(x) {}
-};
+struct dim3 { unsigned x = 1; };
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
-inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
 
 namespace cuda_on_cpu {
 
 constexpr unsigned kWarpSize = 32, kConcurrentBlocks = 3, kSharedBytes = 48 << 10, kParameterBytes = 32764;
-inline unsigned long long launches = 0;  // so far; the seed of the order of blocks
+inline std::mt19937_64 shuffling;  // of the order of blocks
 
 // Not a std::barrier: its waiters share a table, which would order the threads of different blocks too.
 class Barrier {
@@ -83,7 +78,7 @@ template <class T> T& shared() {
 
 }  // namespace cuda_on_cpu
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx;
 
 // Fences with relaxed atomics, as C++ defines them. ThreadSanitizer must be told the rule: if thread A writes memory,
 // then passes a fence, then writes an atomic, and thread B reads that atomic and then passes a fence, then B sees the
@@ -138,9 +133,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
   if (blocks == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
   std::vector<unsigned> order(blocks);
-  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
-  std::mt19937_64 random(++launches);
-  for (unsigned i = blocks; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), shuffling);
 
   std::vector<std::unique_ptr<Block>> slots;
   std::vector<std::thread> workers;
@@ -148,9 +142,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     slots.push_back(std::make_unique<Block>(threads));
     for (unsigned t = 0; t < threads; ++t)
       workers.emplace_back([&, slot, t, own = slots.back().get()] {
-        block = own, threadIdx = dim3(t), blockDim = config->blockDim, gridDim = config->gridDim;
+        block = own, threadIdx.x = t;
         for (unsigned i = slot; i < blocks; i += kConcurrentBlocks) {
-          blockIdx = dim3(order[i]);
+          blockIdx.x = order[i];
           if (t == 0) memset(own->memory, 0xff, kSharedBytes);
           own->all.arrive_and_wait();
           kernel(static_cast<const Parameters&>(arguments)...);
