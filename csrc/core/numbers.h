@@ -111,7 +111,14 @@ MUP2_FN double root(double x) { return sqrt(x); }
 MUP2_FN bool is_finite(double x) { return x - x == 0; }
 
 // a * b + c, rounded once where the processor can. torch's own kernels compute these terms like this.
-template <class R> MUP2_FN R fused(R a, R b, R c) {
+MUP2_FN float fused(float a, float b, float c) {
+#ifdef MUP2_FMA
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+MUP2_FN double fused(double a, double b, double c) {
 #ifdef MUP2_FMA
   return fma(a, b, c);
 #else
