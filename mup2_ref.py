@@ -198,9 +198,8 @@ def factors(e: Exponents, growth: Growth, n: float | None) -> tuple[float, float
     t = {"sam": 1.0, "elementwise": std, "layerwise": std * math.prod(growth) ** 0.5}[e.variant]
     numerator = [2 * y - x for x, y in zip(e.dl, T)]
     rho = power([x - e.d for x in numerator], growth, n) / t**2
-    if e.norm == "joint":
-        return lr, rho, power(numerator, growth, n) / t**2
-    return lr, rho, power([-x for x in gradient], growth, n) / t
+    norm = power(numerator, growth, n) / t**2 if e.norm == "joint" else power([-x for x in gradient], growth, n) / t
+    return lr, rho, norm
 
 
 def param_groups(
@@ -266,6 +265,7 @@ def joint_norm(tensors: list[tuple[Tensor, Tensor, float]], variant: str) -> Ten
 
 def perturb_(w: Tensor, g: Tensor, coefficient: Tensor, variant: str) -> None:
     """w <- w + coefficient T² g, computed in float32 or wider and rounded once to w's type."""
+    w, g = torch.atleast_1d(w, g)  # with 0-d tensors torch would compute in the coefficient's float64
     T = normalizer(w, variant)
     w.copy_(wide(w) + wide(g) * (T * T * coefficient.to(w.device)))
 

@@ -11,24 +11,46 @@ import torch
 from mup2_ref import VARIANTS, known
 
 
+def check_arguments(params: Any, base_kwargs: dict[str, Any]) -> None:
+    """Errors for arguments that belong to another package's SAM, or that no SAM can obey."""
+    if isinstance(params, torch.optim.Optimizer):
+        raise TypeError(
+            f"SAM makes its base optimizer: SAM(model.parameters(), torch.optim.{type(params).__name__}, lr=...)"
+        )
+    if "adaptive" in base_kwargs:  # some bases would swallow it
+        raise TypeError("adaptive=True is variant='elementwise' here")
+    if base_kwargs.get("differentiable"):
+        raise ValueError("SAM changes weights in place: leave out differentiable=True")
+
+
 def check_base(base: Any) -> None:
     """TypeError if SAM cannot be put around this class or function."""
     if isinstance(base, torch.optim.Optimizer) or not callable(base):
         raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, not {base!r}")
     if isinstance(base, type) and not issubclass(base, torch.optim.Optimizer):
         raise TypeError(f"base_optimizer is a class such as torch.optim.SGD, or returns one's object, not {base!r}")
-    if isinstance(base, type) and issubclass(base, (torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.SparseAdam)):
+    if isinstance(base, type) and issubclass(base, (torch.optim.LBFGS, torch.optim.SparseAdam)):
         raise TypeError(
-            f"{base.__name__} cannot be the base: LBFGS evaluates the loss inside its step, Adadelta has a rho of its "
-            "own in its groups, and SparseAdam takes sparse gradients only"
+            f"{base.__name__} cannot be the base: LBFGS evaluates the loss inside its step, and SparseAdam takes "
+            "sparse gradients only"
         )
+    if hasattr(base, "first_step"):
+        raise TypeError("a SAM cannot be the base of another one: pass the torch optimizer that makes the update")
 
 
 def make_base(base: Callable[..., Any], groups: list[dict[str, Any]], kwargs: dict[str, Any]) -> torch.optim.Optimizer:
-    """base(groups, **kwargs). ValueError if its groups are others, or have other learning rates."""
+    """base(groups, **kwargs). TypeError if it wraps an optimizer, or if its groups share a key with SAM's; ValueError
+    if its groups are others, or have other learning rates."""
     scaled = {p: group["lr"] for group in groups if "role" in group and "lr" in group for p in group["params"]}
     made = base(groups, **kwargs)
     check_base(type(made))
+    if not {"param_groups", "state", "defaults"} <= vars(made).keys():  # they are another optimizer's
+        raise TypeError(f"{type(made).__name__} wraps an optimizer: put it around SAM, not SAM around it")
+    if taken := {"rho", "gradnorm_scaling", "perturb", "variant"} & made.defaults.keys():
+        raise TypeError(
+            f"{type(made).__name__} cannot be the base: it has settings of its own in its groups that SAM has too "
+            f"({', '.join(sorted(taken))})"
+        )
     groups = made.param_groups
     if any("rho" not in group or "perturb" not in group for group in groups):
         raise ValueError(f"{base} must make its optimizer from the groups that it is given")
@@ -55,10 +77,21 @@ def variant_of(groups: list[dict[str, Any]], variant: str | None) -> str:
 
     A group that names none is made for the given variant, and for "sam" if none is given.
     """
-    found = {group.get("variant") or variant or "sam" for group in groups} | ({variant} if variant else set())
+    adaptive = {True: "elementwise"}  # as davda54/sam and pytorch_optimizer say it in their groups
+    found = {group.get("variant") or adaptive.get(group.get("adaptive", False)) or variant or "sam" for group in groups}
+    found |= {variant} if variant else set()
     if len(found) > 1:
         raise ValueError(
             f"groups and optimizer are made for different variants of SAM, {' and '.join(map(repr, sorted(found)))}: "
             "give exponents() and SAM() the same variant"
         )
     return known((found or {"sam"}).pop(), VARIANTS)
+
+
+def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
+    """The state without the copies of all weights that davda54/sam keeps there. A base would not begin its own state
+    beside them."""
+    return {
+        key: {name: value for name, value in entry.items() if name != "old_p"} if isinstance(entry, dict) else entry
+        for key, entry in state.items()
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,16 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, before in saved:
-                buffer.copy_(before)
+                once = tuple(slice(None if stride else 1) for stride in buffer.stride())  # an expanded buffer
+                buffer[once].copy_(before[once])
                 module._buffers[name] = buffer  # some modules assign a new tensor instead of changing this one
+
+
+def random_states(groups: list[dict[str, Any]]) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """(setter, state) of the random number generators of the CPU and of the parameters' GPUs."""
+    gpus = {p.device for group in groups for p in group["params"] if p.is_cuda}
+    states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
+    return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus]
 
 
 def accumulate(

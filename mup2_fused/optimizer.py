@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 
 from mup2_fused import torch_passes
-from mup2_fused.arguments import check_base, check_group, make_base, variant_of
+from mup2_fused.arguments import check_arguments, check_base, check_group, make_base, variant_of, without_old_weights
 from mup2_fused.compiled_passes import passes_for
+from mup2_fused.guards import Guard
+from mup2_fused.loops import random_states
 from mup2_fused.torch_passes import Phase
 
 
@@ -61,9 +62,8 @@ class SAM(torch.optim.Optimizer):
         same_randomness: bool = False,
         **base_kwargs: Any,
     ) -> None:
+        check_arguments(params, base_kwargs)
         check_base(base_optimizer)
-        if base_kwargs.get("differentiable"):
-            raise ValueError("SAM changes weights in place: leave out differentiable=True")
         if not isinstance(params, Tensor):  # torch refuses a tensor, and says why
             params = [dict(p) if isinstance(p, dict) else p for p in params]
         self.variant = variant_of([p for p in params if isinstance(p, dict)], variant)
@@ -75,6 +75,7 @@ class SAM(torch.optim.Optimizer):
         self.defaults = self.base_optimizer.defaults | defaults
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.passes = passes_for(self.param_groups, backend)
+        self.guard = Guard(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. ValueError for a bad rho or gradnorm_scaling, or a group that is made for another variant."""
@@ -89,6 +90,7 @@ class SAM(torch.optim.Optimizer):
                 del self.param_groups[groups:]
                 raise
             self.phase, self.passes = self._settled(), passes
+            self.guard.add(self.param_groups[groups:])
 
     @property
     def skipped_steps(self) -> int:
@@ -103,7 +105,8 @@ class SAM(torch.optim.Optimizer):
 
     @uncompiled
     def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
-        """Climb: w <- w + e. RuntimeError if weights are perturbed already or a gradient is sparse or complex.
+        """Climb: w <- w + e. RuntimeError if weights are perturbed already, by this or by another SAM, or if a gradient
+        is sparse or complex.
 
         process_group: processes that climb by gradients of their own (m-sharpness), such as
         torch.distributed.group.WORLD. If the gradient is not finite in one of them, none climbs or updates, so that
@@ -112,7 +115,10 @@ class SAM(torch.optim.Optimizer):
         if "phase" not in vars(self):  # Lightning's wrapper is a subclass of SAM
             raise RuntimeError("this wraps the optimizer: call step(closure), or first_step() on the optimizer itself")
         self._require_restored("the next first_step()")
+        self.guard.before_climb(self)
+        self.phase.backups = None  # of a pass with a gradient that was not finite, to which no update came
         self.passes.climb(self.phase, self.param_groups, self.variant, process_group)
+        self.guard.after_climb(self.param_groups)
         if zero_grad:
             self.zero_grad()
 
@@ -158,10 +164,11 @@ class SAM(torch.optim.Optimizer):
             if closure is not None:
                 loss = self._run_twice(closure, found_inf)
             elif self.phase.backups is None:
-                return self._make_state()
+                return torch_passes.make_state(self.base_optimizer)
             base = self.base_optimizer
             if base.param_groups is not self.param_groups or base.state is not self.state:  # somebody replaced them
                 base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+            self.guard.before_update(self.param_groups)
             self.passes.descend(self.phase, base, grad_scale, found_inf, self.skip_nonfinite)
         except BaseException:
             self.restore()
@@ -173,35 +180,19 @@ class SAM(torch.optim.Optimizer):
         """The closure at w and at w + e."""
         if found_inf is not None:
             raise RuntimeError("GradScaler cannot unscale in a closure: use first_step() and scaler.step(opt)")
-        random = self._random_states() if self.same_randomness else []
+        random = random_states(self.param_groups) if self.same_randomness else []
         with torch.enable_grad():
             loss = closure()
             self.first_step()
             for set_state, state in random:
                 set_state(state)
             closure()
+        if self.phase.backups is None:
+            raise RuntimeError("the closure called second_step() or restore(), which step(closure) does by itself")
         return loss
 
-    def _random_states(self) -> list[tuple[Callable[[Tensor], None], Tensor]]:
-        """(setter, state) of the random number generators of the CPU and of the parameters' GPUs."""
-        gpus = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
-        states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
-        return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in gpus]
-
-    @torch.no_grad()
-    def _make_state(self) -> None:
-        """Make the base optimizer's state by a step with lr and gradients at 0; RuntimeError for any other step.
-
-        torch.distributed.checkpoint calls step() in this way before it loads, without a first_step().
-        """
-        gradients = torch_passes.gradients_of(self.param_groups)
-        trained = self.state or not gradients or any(group.get("lr", 1) for group in self.param_groups)
-        if trained or torch_passes.norm_of_gradients(gradients):
-            raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
-        self.base_optimizer.step()
-
     def _require_restored(self, before: str) -> None:
-        if self.phase.backups:
+        if self.phase.backups and self.passes.finite(self.phase):  # otherwise nothing was perturbed
             self._forget_scale()
             raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {before}")
 
@@ -215,7 +206,8 @@ class SAM(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """All groups and the base optimizer's state, never a backup. RuntimeError between the passes."""
         self._require_restored("state_dict(), or a checkpoint would hold w + e")
-        state = super().state_dict()
+        torchs = type(self.base_optimizer).state_dict is torch.optim.Optimizer.state_dict  # others may save more
+        state = super().state_dict() if torchs else self.base_optimizer.state_dict()
         for group in state["param_groups"]:
             if group.get("capturable") or group.get("fused"):
                 continue
@@ -233,7 +225,12 @@ class SAM(torch.optim.Optimizer):
         if len(saved) == len(self.param_groups):  # torch raises an error otherwise
             variants = [{"variant": variant_of([group], self.variant)} for group in saved]
             saved = [mine | theirs | variant for mine, theirs, variant in zip(self.param_groups, saved, variants)]
-        super().load_state_dict(state_dict | {"param_groups": saved})
+        state_dict = state_dict | {"param_groups": saved, "state": without_old_weights(state_dict["state"])}
+        if type(self.base_optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            super().load_state_dict(state_dict)
+        else:
+            self.base_optimizer.load_state_dict(state_dict)
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
     def _settled(self) -> Phase:
         """The phase, with the kernels' finite flag and skip count read from the device. Waits for the GPU."""
@@ -247,4 +244,4 @@ class SAM(torch.optim.Optimizer):
         super().__setstate__(state)
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         if "phase" in state:  # a copy; load_state_dict sets the state and the groups only
-            self.passes = passes_for(self.param_groups, self.backend)
+            self.passes, self.guard = passes_for(self.param_groups, self.backend), Guard(self)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mup2_fused.sharded import Groups, in_any_process, is_spread, place_gradients, whole
 from mup2_ref import EPS, contribution, joint_norm, perturb_
@@ -66,7 +67,14 @@ def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None)
 
 
 def climbing(groups: Groups) -> list[tuple[Any, dict[str, Any]]]:
-    """(parameter, its group) for everything that first_step() perturbs: it has a gradient, and perturb=True."""
+    """(parameter, its group) for everything that first_step() perturbs: it has a gradient, and perturb=True.
+
+    KeyError for a group that lacks one of SAM's keys.
+    """
+    for key in [key for group in groups for key in ("rho", "gradnorm_scaling", "perturb") if key not in group]:
+        raise KeyError(
+            f"a parameter group has no {key!r}: add groups with add_param_group(), which fills in what is missing"
+        )
     return [(p, group) for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
 
 
@@ -120,7 +128,35 @@ def descend(
     if skip or (skip_nonfinite and not norm_of_gradients(gradients).isfinite()):
         phase.skipped += 1
     else:
+        update(base)
+
+
+def update(base: torch.optim.Optimizer) -> None:
+    """base.step() without the hooks for all optimizers, which torch has called around SAM's step already."""
+    step: Any = type(base).step
+    if "step" in vars(base) or not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks):
         base.step()
+        return
+    hooked = getattr(step, "hooked", False)
+    arguments: tuple[Any, Any] = ((base,), {})
+    for hook in base._optimizer_step_pre_hooks.values():
+        arguments = hook(base, *arguments) or arguments
+    (step.__wrapped__ if hooked else step)(*arguments[0], **arguments[1])
+    for hook in base._optimizer_step_post_hooks.values():
+        hook(base, *arguments)
+
+
+@torch.no_grad()
+def make_state(base: torch.optim.Optimizer) -> None:
+    """Make the base optimizer's state by a step with lr and gradients at 0; RuntimeError for any other step.
+
+    torch.distributed.checkpoint calls step() in this way before it loads, without a first_step().
+    """
+    gradients = gradients_of(base.param_groups)
+    trained = base.state or not gradients or any(group.get("lr", 1) for group in base.param_groups)
+    if trained or norm_of_gradients(gradients):
+        raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
+    update(base)
 
 
 def gradients_of(groups: Groups) -> list[Tensor]:

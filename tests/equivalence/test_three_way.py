@@ -107,6 +107,20 @@ def test_first_step_and_restore(device, dtype, variant):
         assert same(params, before), kind
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_parameters_without_dimensions(device, dtype, variant):
+    """Torch computes with numbers of no dimension in wider types than with tensors."""
+    start, made = torch.randn(300, device=device).to(dtype), {}
+    for kind, make in THREE.items():
+        params = [nn.Parameter(w.clone()) for w in start]
+        made[kind] = params, make(params, rho=0.1, lr=0.1, variant=variant)
+    set_gradients(made)
+    for _, opt in made.values():
+        opt.first_step()
+    assert all(same(params, made["reference"][0]) for params, _ in made.values())
+    assert not same(made["reference"][0], start)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_twenty_steps(device, dtype, variant, base):

@@ -136,6 +136,16 @@ def test_frozen_buffers_of_every_kind():
     assert model[1].running_mean.abs().max() == 0 and model[1].num_batches_tracked == 0
 
 
+def test_frozen_buffers_that_share_memory():
+    model = nn.Module()
+    model.register_buffer("expanded", torch.zeros(3, 1, 2).expand(3, 5, 2))
+    model.register_buffer("number", torch.zeros(()).expand(4))
+    with mup2.frozen_buffers(model):
+        model.expanded[:, :1] += 1  # the elements that share this memory change, too
+        model.number[:1] += 1
+    assert all(buffer.abs().max() == 0 for buffer in model.buffers())
+
+
 @pytest.mark.parametrize("sizes", [[5, 7], [1] * 12, [3, 0, 9]], ids=str)
 def test_accumulation_equals_the_large_batch(SAM, sizes):
     model, x, y = classification(mup2.MLP(5, 8, 3).double())

@@ -1,0 +1,287 @@
+"""Mistakes in the loop around SAM: a warning or an error, and weights that are what they were."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from small_problems import equal, ones_step, parameters, set_gradients, two_steps, weights
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import mup2_fused as mup2
+import mup2_ref
+
+ERASED = "no longer in the proportions"
+
+
+def closure_of(opt, params, zero=True):
+    def closure():
+        if zero:
+            opt.zero_grad()
+        loss = sum((p * p).sum() for p in params)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def scaled(SAM, lr=0.4):
+    """SAM with three learning rates: 4, 1 and 1/4 times lr."""
+    model, base = mup2.MLP(3, 32, 2), mup2.MLP(3, 8, 2)
+    opt = SAM(mup2.param_groups(model, base, lr=lr, rho=0.1))
+    assert [group["lr"] for group in opt.param_groups] == pytest.approx([4 * lr, lr, lr / 4])
+    return opt
+
+
+def run(opt, scheduler=None, steps=10):
+    """Take some steps; return the warnings about learning rates."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            two_steps(opt, params)
+            if scheduler:
+                scheduler.step()
+    return [warning for warning in found if ERASED in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=20),
+        lambda opt: lr_scheduler.CyclicLR(opt, 0.001, 0.1, step_size_up=2),
+        lambda opt: torch.optim.swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=5),
+        lambda opt: lr_scheduler.CosineAnnealingLR(opt, 10, eta_min=0.01),
+        lambda opt: opt.param_groups[0].update(lr=0.1),
+    ],
+)
+def test_learning_rates_that_have_lost_their_factors(SAM, make):
+    opt = scaled(SAM)
+    assert not run(opt)
+    found = run(opt, make(opt), steps=12)
+    assert len(found) == 1, "one warning for all steps"
+    assert found[0].filename.endswith("small_problems.py"), "the warning points to the line that called SAM"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: lr_scheduler.OneCycleLR(opt, [group["lr"] for group in opt.param_groups], total_steps=20),
+        lambda opt: lr_scheduler.CosineAnnealingLR(opt, 10),
+        lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3),
+        lambda opt: lr_scheduler.LinearLR(opt, 1e-9, 1.0, 10),
+        lambda opt: lr_scheduler.PolynomialLR(opt, 10),
+        lambda opt: lr_scheduler.SequentialLR(
+            opt, [lr_scheduler.LinearLR(opt, 0.1), lr_scheduler.ExponentialLR(opt, 0.5)], [3]
+        ),
+        lambda opt: opt.load_state_dict(opt.state_dict()),
+    ],
+)
+def test_schedulers_that_keep_the_factors(SAM, make):
+    opt = scaled(SAM)
+    assert not run(opt, make(opt), steps=12)
+
+
+def test_the_factors_of_groups_that_came_later(SAM):
+    opt = SAM([{"params": parameters(), "lr": 0.1, "role": "input"}], lr=0.1)
+    opt.add_param_group({"params": parameters(), "lr": 0.4, "role": "hidden"})
+    assert not run(opt)
+    opt = copy.deepcopy(opt)
+    opt.param_groups[1]["lr"] = opt.param_groups[0]["lr"] = 0.2
+    assert len(run(opt)) == 1
+
+
+@pytest.mark.parametrize("two_step", [False, True])
+def test_a_second_pass_that_adds_to_the_first(SAM, two_step):
+    params = parameters()
+    opt = SAM(params, lr=0.1)
+    closure = closure_of(opt, params, zero=False)
+    if two_step:
+        closure(), opt.first_step(), closure()
+    with pytest.warns(UserWarning, match="seems to have added its gradient"):
+        opt.second_step() if two_step else opt.step(closure)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_second_pass_that_does_not_add(SAM, set_to_none):
+    params = parameters()
+    opt = SAM(params, lr=0.1)
+
+    def closure():
+        opt.zero_grad(set_to_none)
+        return closure_of(opt, params, zero=False)()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            opt.step(closure)
+            closure(), opt.first_step(zero_grad=True), closure(), opt.second_step()
+        with opt.perturbed():
+            pass
+        opt.second_step()
+
+
+def test_two_optimizers_on_the_same_weights(SAM):
+    """The second one would restore the weights to where the first one has perturbed them."""
+    params = parameters()
+    a, b = SAM(params, lr=0.1), SAM(params[1:], lr=0.1)
+    before = weights(params)
+    set_gradients(params)
+    a.first_step()
+    with pytest.raises(RuntimeError, match="another SAM has perturbed these weights"):
+        b.first_step()
+    a.restore()
+    assert equal(params, before)
+    for opt in (b, a):
+        opt.first_step()
+        opt.second_step()
+    apart = SAM(params[:1], lr=0.1)
+    b.first_step()
+    apart.first_step()
+    apart.second_step()
+    b.second_step()
+
+
+@pytest.mark.parametrize("name", ["second_step", "restore"])
+def test_a_closure_that_ends_the_step(SAM, name):
+    params = parameters()
+    opt, calls = SAM(params, lr=0.0), []
+    before = weights(params)
+
+    def closure():
+        closure_of(opt, params)()
+        calls.append(name)
+        if len(calls) == 2:
+            getattr(opt, name)()
+
+    with pytest.raises(RuntimeError, match=r"the closure called second_step\(\) or restore\(\)"):
+        opt.step(closure)
+    assert equal(params, before) and opt.phase.backups is None
+    two_steps(opt, params)
+
+
+def test_after_a_first_gradient_that_is_not_finite(SAM):
+    """Nothing is perturbed: a loop may drop the batch and begin the next step, or save."""
+    params = parameters()
+    opt, before = SAM(params, lr=0.1), weights(params)
+    set_gradients(params, math.nan)
+    opt.first_step()
+    assert equal(params, before) and opt.state_dict()["param_groups"]
+    opt.load_state_dict(opt.state_dict())
+    ones_step_weights = [w - 0.1 for w in before]
+    set_gradients(params)
+    opt.first_step()
+    with pytest.raises(RuntimeError, match="weights are perturbed"):
+        opt.state_dict()
+    opt.restore()
+    assert equal(params, before)
+    ones_step(opt, params)
+    assert equal(params, ones_step_weights) and opt.skipped_steps == 0
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("own_hook", [False, True])
+def test_hooks_for_all_optimizers_are_called_once(SAM, base, own_hook):
+    params, calls = parameters(), []
+    opt = SAM(params, base, lr=0.1)
+    if own_hook:
+        opt.base_optimizer.register_step_pre_hook(lambda *_: calls.append("own"))
+        opt.base_optimizer.register_step_post_hook(lambda *_: calls.append("own"))
+    hooks = [
+        register_optimizer_step_pre_hook(lambda optimizer, *_: calls.append(optimizer)),
+        register_optimizer_step_post_hook(lambda optimizer, *_: calls.append(optimizer)),
+    ]
+    before = weights(params)
+    try:
+        two_steps(opt, params)
+        opt.step(closure_of(opt, params))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert calls == [opt, *["own"] * 2 * own_hook, opt] * 2 and not equal(params, before)
+
+
+class Rho(torch.optim.SGD):
+    """A base optimizer with a rho of its own, as Adadelta has one."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.defaults["rho"] = 0.9
+
+
+@pytest.mark.parametrize("base", [Rho, torch.optim.Adadelta, lambda groups, lr: Rho(groups, lr)])
+def test_a_base_with_a_key_of_ours(SAM, base):
+    with pytest.raises(TypeError, match=r"has settings of its own in its groups that SAM has too \(rho\)"):
+        SAM(parameters(), base, lr=0.1)
+
+
+def test_a_base_that_is_a_sam_or_wraps_an_optimizer(SAM):
+    for base in (mup2.SAM, mup2_ref.SAM):
+        with pytest.raises(TypeError, match="a SAM cannot be the base of another one"):
+            SAM(parameters(), base, lr=0.1)
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, params):
+            self.inner = torch.optim.SGD(params, 0.1)
+
+        param_groups = property(lambda self: self.inner.param_groups)
+        state = property(lambda self: self.inner.state)
+
+    with pytest.raises(TypeError, match="Wrapper wraps an optimizer: put it around SAM"):
+        SAM(parameters(), Wrapper)
+
+
+def test_arguments_of_other_packages(SAM):
+    params = parameters()
+    with pytest.raises(TypeError, match=r"SAM\(model.parameters\(\), torch.optim.SGD, lr=...\)"):
+        SAM(torch.optim.SGD(params, 0.1))
+    with pytest.raises(TypeError, match="adaptive=True is variant='elementwise' here"):
+        SAM(params, adaptive=True, lr=0.1)
+    assert SAM([{"params": params, "adaptive": True}], lr=0.1).variant == "elementwise"
+
+
+def test_a_checkpoint_of_another_package(SAM):
+    """davda54/sam keeps a copy of the weights in each parameter's state, and says in its groups what is adaptive."""
+    params = parameters()
+    opt = SAM(params, torch.optim.Adam, lr=0.1)
+    saved = opt.state_dict()
+    saved["state"] = {i: {"old_p": p.detach().clone()} for i, p in enumerate(params)}
+    opt.load_state_dict(saved)
+    two_steps(opt, params)
+    assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in opt.state.values())
+    saved["param_groups"][0].update(adaptive=True, variant=None)
+    with pytest.raises(ValueError, match="different variants of SAM, 'elementwise' and 'sam'"):
+        opt.load_state_dict(saved)
+
+
+class Counting(torch.optim.SGD):
+    """A base optimizer that saves more than its groups and its state: its lr falls with the steps that it has made."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] = 1 / self.steps
+        super().step(closure)
+
+    def state_dict(self):
+        return super().state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        self.steps = state_dict["steps"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "steps"})
+
+
+def test_a_base_that_saves_more_than_torchs_optimizers(SAM):
+    params = parameters()
+    opt = SAM(params, Counting, momentum=0.9)
+    for _ in range(3):
+        two_steps(opt, params)
+    resumed = SAM(params, Counting, momentum=0.9)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    two_steps(resumed, params)
+    assert resumed.base_optimizer.steps == 4 and resumed.param_groups[0]["lr"] == 1 / 4
+    assert resumed.state is resumed.base_optimizer.state and len(resumed.state) == len(params)
