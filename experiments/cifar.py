@@ -1,18 +1,19 @@
 """CIFAR-10 and CIFAR-100 from the files that their authors publish: python or binary version, packed or unpacked."""
 
+import functools
 import io
+import operator
 import pickle
 import tarfile
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.commands import DataError, reading
+
 Arrays = tuple[np.ndarray, np.ndarray]  # uint8 images (N, 3, 32, 32), int64 labels (N)
-
-
-class DataError(Exception):
-    """A data file is missing or damaged. The message says which one, and what to do."""
+RECONSTRUCT = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 
 
 class Cifar(NamedTuple):
@@ -22,7 +23,7 @@ class Cifar(NamedTuple):
     folders: dict[str, str]  # version -> the folder inside its archive
     files: list[str]  # of the python version; those of the binary one end in .bin. The last file has the test images
     classes: int
-    labels: bytes  # the key of the labels in the python version
+    labels: str  # the key of the labels in the python version
     label_bytes: int  # in front of the pixels of a record in the binary version; the last of them is the label
 
     def archive(self, version: str) -> str:
@@ -35,7 +36,7 @@ CIFAR = {
         folders={"python": "cifar-10-batches-py", "binary": "cifar-10-batches-bin"},
         files=[*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
         classes=10,
-        labels=b"labels",
+        labels="labels",
         label_bytes=1,
     ),
     "cifar100": Cifar(
@@ -43,7 +44,7 @@ CIFAR = {
         folders={"python": "cifar-100-python", "binary": "cifar-100-binary"},
         files=["train", "test"],
         classes=100,
-        labels=b"fine_labels",
+        labels="fine_labels",
         label_bytes=2,
     ),
 }
@@ -80,13 +81,8 @@ def file_bytes(path: Path) -> bytes:
 
 
 def tar_bytes(path: Path, names: list[str], kind: Cifar) -> list[bytes]:
-    try:
-        with tarfile.open(path) as tar:
-            return [tar.extractfile(name).read() for name in names]
-    except KeyError as error:
-        raise DataError(f"{path} is not the {kind.title} archive: {error.args[0]}") from error
-    except Exception as error:  # tarfile, gzip and zlib have exceptions of their own
-        raise DataError(f"{path} is damaged ({error}); download it again") from error
+    with reading(path, f"it is damaged or not the {kind.title} archive, download it again"), tarfile.open(path) as tar:
+        return [tar.extractfile(name).read() for name in names]
 
 
 def parse_binary(content: bytes, where: str, kind: Cifar) -> Arrays:
@@ -97,30 +93,37 @@ def parse_binary(content: bytes, where: str, kind: Cifar) -> Arrays:
     return checked(records[:, kind.label_bytes :], records[:, kind.label_bytes - 1], where, kind)
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Reads the dict of arrays that the python version holds, and refuses to call anything else."""
+class Call:
+    """A call that a pickle asks for. Nobody makes it."""
 
-    ALLOWED: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-    }
+    state: Any = None  # what the pickle wants to set in the result
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return self.ALLOWED[module, name]
+    def __init__(self, function: str, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class Recorder(pickle._Unpickler):  # not the one in C, which allocates as much memory as a damaged file asks for
+    """Reads lists, dicts and text. A Call stands for every object."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text
+        return functools.partial(Call, f"{module} {name}")
 
 
 def parse_python(content: bytes, where: str, kind: Cifar) -> Arrays:
-    try:
-        batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        x, y = np.asarray(batch[b"data"]), np.asarray(batch[kind.labels])
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{where} is damaged ({error}); download it again") from error
-    return checked(x, y, where, kind)
+    with reading(where, "it is damaged, download it again"):
+        batch = Recorder(io.BytesIO(content), encoding="latin-1").load()
+        array, labels = batch["data"], batch[kind.labels]
+        _, (count, size), dtype, by_columns, pixels = array.state
+        if array.function not in RECONSTRUCT or (dtype.function, dtype.arguments[0]) != ("numpy dtype", "u1"):
+            raise ValueError("the images are not an array of bytes")
+        x = np.frombuffer(pixels.encode("latin-1"), np.uint8).reshape(count, size, order="F" if by_columns else "C")
+        y = np.array([*map(operator.index, labels)])
+        return checked(x, y, where, kind)
 
 
 def checked(x: np.ndarray, y: np.ndarray, where: str, kind: Cifar) -> Arrays:

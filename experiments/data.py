@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from experiments.cifar import CIFAR, DataError, read
+from experiments.cifar import CIFAR, read
+from experiments.commands import DataError, reading
 
 Split = tuple[Tensor, Tensor]  # inputs, labels
 MNIST1D = Path(__file__).parent / "datasets" / "mnist1d.npz"
@@ -188,11 +189,8 @@ def imagenet(root: Path) -> Images:
 def rgb(path: str) -> Any:
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+    with reading(path, "replace or remove this image"), Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def folder(name: str, root: str | Path | None) -> Path:

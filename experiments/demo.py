@@ -12,15 +12,14 @@ same command goes on where it was interrupted.
 
 import argparse
 import itertools
-import signal
 import statistics
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments import figures
+from experiments.commands import at_least, command, start
 from experiments.sweep import METHODS, Place, Rows, Run, score, sweep
-from experiments.training import BACKENDS, at_least
+from experiments.training import BACKENDS
 
 TITLES = {"SP-naive": "plain SAM", "muP-naive": "muP, one radius for all layers"}  # of methods, if not their names
 NETWORK, DATA, LR, EPOCHS = "mlp-adamw", "noisy-digits", 0.005, 10
@@ -125,15 +124,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command("the same command goes on where it stopped")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     points = itertools.product(range(args.seeds), args.methods, args.widths, args.rhos, [args.lr])
     runs = [run_at(*point) for point in points]
-    try:
-        done = sweep(runs, args.out / "demo.jsonl", Place(backend=args.backend, jobs=args.jobs), "demo")
-    except KeyboardInterrupt:
-        return 130
+    done = sweep(runs, args.out / "demo.jsonl", Place(backend=args.backend, jobs=args.jobs), "demo")
     results = [seen(done, method, args.widths, args.rhos, args.seeds, args.lr) for method in args.methods]
     plot(results, args.seeds, args.out / "demo.png")
     print(f"{sentence(results[0], results[-1])}\nfigure: {args.out / 'demo.png'}")
@@ -141,5 +138,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a terminated demo ends its workers too
-    sys.exit(main())
+    start(main)

@@ -29,21 +29,19 @@ import torch
 import mup2_fused as mup2
 import mup2_ref
 from experiments import data
+from experiments.commands import SettingsError, at_least, command, reading, start, write_json
 from experiments.epoch_time_tables import format_steps, format_table
 from experiments.presets import PRESETS, width
 from experiments.presets import parse_args as parse_run
 from experiments.training import (
     AMP,
     Batch,
-    SettingsError,
     Training,
-    at_least,
     check_device,
     device_name,
     has_kernels,
     is_cuda,
     precision,
-    write_json,
 )
 from experiments.vision_run import build_model, build_optimizer
 
@@ -181,17 +179,14 @@ def key(row: dict[str, Any]) -> tuple:
 
 
 def read_rows(path: Path, device: str) -> dict[tuple, dict[str, Any]]:
-    """The rows of earlier commands. SettingsError for a file of another device or of another script."""
+    """The rows of earlier commands. DataError for a damaged file, SettingsError for one of another device."""
     if not path.exists():
         return {}
-    try:
-        found = json.loads(path.read_text())
-        rows = {key(row): row for row in found["rows"] if row["ways"]}
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{path} is not a file of this script: name another one") from None
-    if found["device"] != device:
-        raise SettingsError(f"{path} has times of another device, {found['device']}: name another file")
-    return rows
+    with reading(path, "name another file, or remove this one"):
+        found = json.loads(path.read_bytes())
+        if found["device"] != device:
+            raise SettingsError(f"{path} has times of another device, {found['device']}: name another file")
+        return {key(row): row for row in found["rows"] if row["ways"]}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -222,20 +217,17 @@ def measure_all(args: argparse.Namespace, path: Path | None, device: str) -> lis
     return rows
 
 
+@command("rows that were finished are in the file of --out")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        check_device(args.device)
-        if is_cuda(args.device):
-            torch.cuda.set_device(torch.device(args.device).index or 0)  # the events mark this device's stream
-        device = device_name(args.device)
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        path = Path(__file__).parent / "results" / f"epoch_time_{slug}.json" if args.out == Path() else args.out
-        print(f"Medians of {args.steps} steps on synthetic data; {device}, torch {torch.__version__}, amp {args.amp}")
-        rows = measure_all(args, path, device)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_device(args.device)
+    if is_cuda(args.device):
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # the events mark this device's stream
+    device = device_name(args.device)
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = Path(__file__).parent / "results" / f"epoch_time_{slug}.json" if args.out == Path() else args.out
+    print(f"Medians of {args.steps} steps on synthetic data; {device}, torch {torch.__version__}, amp {args.amp}")
+    rows = measure_all(args, path, device)
     print(f"seconds per epoch:\n\n{format_table(rows)}\n\ntraining steps:\n\n{format_steps(rows)}")
     if path is not None:
         print(path)
@@ -244,4 +236,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

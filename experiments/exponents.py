@@ -17,10 +17,7 @@ Definition 4; Algorithm 1 (A1) with its decoupled norm and base width 64.
 
 import argparse
 import json
-import multiprocessing
-import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mup2_fused as mup2
+from experiments.commands import command, start, worker_processes
 from experiments.figures import pyplot
 from mup2_fused import ROLES
 from mup2_fused.check.report import STYLES
@@ -172,8 +170,7 @@ def measure_all(table: list[Row], widths: list[int], seeds: int, jobs: int) -> d
     tasks = [(row, width, seed) for row in table for width in widths for seed in range(seeds)]
     tasks.sort(key=lambda task: -task[1])
     progress = dict(desc="measuring", mininterval=1, total=len(tasks))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+    with worker_processes(jobs) as pool:
         futures = [pool.submit(measure, *task) for task in tasks]
         measured = {task: future.result() for task, future in tqdm(zip(tasks, futures), **progress)}
     return {
@@ -220,14 +217,15 @@ def line(result: dict[str, Any], row: Row, tolerance: float) -> str:
     return f"{row.table:4} {row.name:40}{cells}   {deviation:.3f}{' <--' if deviation > tolerance else ''}"
 
 
-def main() -> int:
+@command("nothing was kept: start the command again")
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--tolerance", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     table = rows()
     measured = measure_all(table, args.widths, args.seeds, args.jobs)
     print(f"{'':4} {'':40}" + "".join(f"{q:^39}" for q in QUANTITIES) + " largest")
@@ -271,4 +269,4 @@ def plot(widths: list[int], results: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from experiments.commands import at_least
 from experiments.data import FACTS
-from experiments.training import AMP, BACKENDS, at_least, processes
+from experiments.training import AMP, BACKENDS, processes
 from mup2_ref import PERTURBATIONS
 
 WIDTH = {"resnet18": 64, "vit": 384, "mlp": 256}  # at width multiplier 1

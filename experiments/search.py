@@ -9,19 +9,19 @@ checkpoint; with --trials finished ones, the command only prints the best.
 """
 
 import argparse
+import json
 import multiprocessing
 import shlex
 import signal
-import sys
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
 
 from experiments import data
-from experiments.cifar import DataError
+from experiments.commands import BusyError, SettingsError, at_least, command, locked, reading, start, worker_processes
 from experiments.presets import parse_args as parse_run
 from experiments.presets import run_folder, settings
-from experiments.training import SettingsError, at_least, locked
 from experiments.vision_run import finished, stream, train
 
 try:
@@ -39,11 +39,17 @@ def parse_trial(args: argparse.Namespace, *flags: str) -> argparse.Namespace:
 
 
 def open_study(args: argparse.Namespace) -> "optuna.Study":
-    """Raises SettingsError if there is one of this name for another search."""
+    """SettingsError if there is one of this name for another search, DataError if its file is damaged."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # an interrupted trial is no surprise
-    journal = optuna.storages.journal.JournalFileBackend(str(args.out / f"{args.study}.journal"))
-    storage = optuna.storages.JournalStorage(journal)
-    study = optuna.create_study(storage=storage, study_name=args.study, direction="maximize", load_if_exists=True)
+    path = args.out / f"{args.study}.journal"
+    for number, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else (), 1):
+        with reading(f"line {number} of {path}", "remove this line, or choose another name for the study"):
+            json.loads(line)
+            if not line.endswith(b"\n"):
+                raise ValueError("the next line would be joined to this one")
+    with reading(path, "choose another name for the study"):
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        study = optuna.create_study(storage=storage, study_name=args.study, direction="maximize", load_if_exists=True)
     wanted = {k: v for k, v in settings(parse_trial(args)).items() if k not in ("lr", "rho")}
     wanted |= {"lr_range": list(args.lr_range), "rho_range": list(args.rho_range)}
     found = study.user_attrs.get("settings", wanted)
@@ -60,7 +66,8 @@ def trials(study: "optuna.Study", state: str) -> list["optuna.trial.FrozenTrial"
 
 def work(args: argparse.Namespace, worker: int = 0) -> None:
     """Trials one after another, until the study has enough."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Optuna writes down that a trial was interrupted
     study, shared = open_study(args), parse_trial(args)
     images = data.images(shared.data, shared.root)
     seed = stream(shared.seed, worker, len(study.trials))
@@ -74,7 +81,7 @@ def work(args: argparse.Namespace, worker: int = 0) -> None:
         try:
             with locked(run_folder(run) / "lock"):
                 result = finished(run) or train(run, images, quiet=True)
-        except SettingsError as error:  # another process drew the same point
+        except BusyError as error:  # another process drew the same point
             raise optuna.TrialPruned from error
         accuracy = 100 / images.classes if result["diverged"] else result["best_test_accuracy"]
         found = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
@@ -84,22 +91,6 @@ def work(args: argparse.Namespace, worker: int = 0) -> None:
     if len(trials(study, "COMPLETE")) < args.trials:
         enough = optuna.study.MaxTrialsCallback(args.trials, states=(optuna.trial.TrialState.COMPLETE,))
         study.optimize(objective, callbacks=[enough])
-
-
-def work_in_processes(args: argparse.Namespace) -> int:
-    """--jobs at once; returns the worst exit status."""
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(args, i)) for i in range(args.jobs)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    except BaseException:
-        for worker in workers:
-            worker.terminate()
-        raise
-    return max(abs(worker.exitcode) for worker in workers)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -131,35 +122,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command("the same command goes on where it stopped")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     shared = parse_trial(args)
     if optuna is None:
-        print("error: the search takes Optuna: pip install optuna", file=sys.stderr)
-        return 2
-    try:
-        data.images(shared.data, shared.root)
-        args.out.mkdir(parents=True, exist_ok=True)
-        study = open_study(args)
-        if len(trials(study, "COMPLETE")) < args.trials:
-            tried = [trial.params for trial in trials(study, "COMPLETE") + trials(study, "RUNNING")]
-            for trial in trials(study, "FAIL"):  # interrupted
-                if trial.params not in tried:
-                    study.enqueue_trial(trial.params)
-        if args.jobs == 1:
-            work(args)
-        elif status := work_in_processes(args):
-            return status
-        report(args)
-    except (DataError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+        raise SettingsError("the search takes Optuna: pip install optuna")
+    data.images(shared.data, shared.root)
+    args.out.mkdir(parents=True, exist_ok=True)
+    study = open_study(args)
+    if len(trials(study, "COMPLETE")) < args.trials:
+        tried = [trial.params for trial in trials(study, "COMPLETE") + trials(study, "RUNNING")]
+        for trial in trials(study, "FAIL"):  # interrupted
+            if trial.params not in tried:
+                study.enqueue_trial(trial.params)
+    if args.jobs == 1:
+        work(args)
+    else:
+        with worker_processes(args.jobs, max(1, torch.get_num_threads() // args.jobs)) as pool:
+            for worker in as_completed([pool.submit(work, args, i) for i in range(args.jobs)]):
+                worker.result()
+    report(args)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end a job with it
-    sys.exit(main())
+    start(main)

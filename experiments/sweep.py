@@ -3,10 +3,9 @@
 import functools
 import json
 import math
-import multiprocessing
-import sys
+import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import mup2_fused as mup2
 from experiments import data, networks
+from experiments.commands import reading, worker_processes
 from experiments.training import Training, device_name
 
 BATCH = 64
@@ -153,15 +153,21 @@ def score(runs: Rows, run: Run) -> float:
 
 
 def read_runs(path: Path) -> Rows:
-    """The finished runs of earlier commands. A line that an interruption cut off is dropped from the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    rows = [json.loads(line) for line in whole.decode().splitlines()]
-    return {Run(**{field: row[field] for field in Run._fields if field in row}): row for row in rows}
+    """The finished runs of earlier commands. A line that an interruption cut off is dropped from the file.
+
+    Raises DataError for any other damaged line.
+    """
+    runs: Rows = {}
+    *lines, cut_off = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, 1):
+        with reading(f"line {number} of {path}", "remove this line, and the same command trains its run again"):
+            row = json.loads(line)
+            run = Run(**{field: row[field] for field in Run._fields if field in row})
+            runs[run] = row
+            float(score(runs, run))  # an error where there is no accuracy
+    if cut_off:
+        os.truncate(path, path.stat().st_size - len(cut_off))
+    return runs
 
 
 def sweep(runs: list[Run], path: Path, place: Place, title: str) -> Rows:
@@ -172,26 +178,20 @@ def sweep(runs: list[Run], path: Path, place: Place, title: str) -> Rows:
     todo = sorted((run for run in dict.fromkeys(runs) if run not in done), key=lambda run: (run.seed, -cost(run)))
     if not todo:
         return done
-    context = multiprocessing.get_context("spawn")
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
     with (
-        ProcessPoolExecutor(place.jobs, context, torch.set_num_threads, (1,)) as pool,
+        worker_processes(place.jobs) as pool,
         path.open("a") as file,
         tqdm(total=sum(map(cost, todo)), desc=title, bar_format=bar_format) as bar,
     ):
         futures = {pool.submit(train, run, place): run for run in todo}
-        try:
-            for n, future in enumerate(as_completed(futures), 1):
-                run, row = futures[future], future.result()
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                done[run] = row
-                bar.set_postfix_str(f"run {n} of {len(todo)}", refresh=False)
-                bar.update(cost(run))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            print(f"\ninterrupted; the same command goes on from {path}", file=sys.stderr)
-            raise
+        for n, future in enumerate(as_completed(futures), 1):
+            run, row = futures[future], future.result()
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            done[run] = row
+            bar.set_postfix_str(f"run {n} of {len(todo)}", refresh=False)
+            bar.update(cost(run))
     return done
 
 

@@ -6,10 +6,11 @@ python -m experiments.table2 OUT_DIR                 the --out of those runs; pr
 import argparse
 import json
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from experiments.commands import SettingsError, command, reading, start
 
 ROWS = {"sam": "SAM", "sam-on": "SAM-ON", "elementwise": "elementwise ASAM", "layerwise": "layerwise ASAM"}
 BASES = {"sgd": "SGD", "adamw": "AdamW"}
@@ -80,13 +81,26 @@ def title(shared: dict[str, Any]) -> str:
     return "{model} on {data}, {0}width multiplier {width_multiplier:g}, {epochs} epochs".format(sizes, **shared)
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    with reading(path, "remove this file, and experiments.vision goes on with its run"):
+        result = json.loads(path.read_bytes())
+        s = result["settings"]
+        (
+            title({k: s[k] for k in ONE_TABLE}),
+            table([result], s["base"]),
+            result["diverged"],
+        )  # an error if one is missing
+        return result
+
+
+@command("start the command again")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     args = parser.parse_args(argv)
     tables, diverged, others = defaultdict(list), [], 0
     for path in sorted(args.out_dir.glob("*/result.json")):
-        result = json.loads(path.read_text())
+        result = read_result(path)
         s = result["settings"]
         if s["perturbation"] is not None and (s["parameterization"], s["perturbation"]) not in COLUMNS:
             others += 1
@@ -95,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         if result["diverged"]:
             diverged.append(path.parent.name)
     if not tables:
-        print(f"error: no finished runs of SP or muP² in {args.out_dir}", file=sys.stderr)
-        return 2
+        raise SettingsError(f"no finished runs of SP or muP² in {args.out_dir}")
     for key, results in sorted(tables.items()):
         shared = json.loads(key)
         print(f"### {title(shared)}\n\n{table(results, shared['base'])}\n")
@@ -107,4 +120,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

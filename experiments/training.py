@@ -1,34 +1,23 @@
-"""What all experiments share: the training loop, precision, devices, errors of commands, and files of runs.
+"""What all experiments share: the training loop, precision and devices."""
 
-Files are written as a whole or not at all. A folder can be locked for one process at a time.
-"""
-
-import argparse
-import fcntl
 import functools
-import json
-import math
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import mup2_fused as mup2
+from experiments.commands import SettingsError
 
 Batch = tuple[Tensor, Tensor]  # inputs, labels
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("auto", "compiled", "torch")  # of mup2.SAM
-
-
-class SettingsError(Exception):
-    """The command asks for something that cannot be done. The message says why."""
 
 
 class Epoch(NamedTuple):
@@ -136,44 +125,3 @@ def device_name(device: str) -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return f"CPU {found[1] if found else 'unknown'}"
-
-
-def at_least(low: float, kind: type) -> Callable[[str], Any]:
-    """The type of a flag whose values are finite numbers from low on."""
-
-    def number(text: str) -> Any:
-        if not low <= (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} on")
-        return value
-
-    return number
-
-
-def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
-    """The file is there as a whole or as it was before, whenever the process is killed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """For one process at a time; the lock ends with the process. Raises SettingsError if another one has it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise SettingsError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"another process is busy with {path.parent}") from None
-        yield

@@ -18,16 +18,14 @@ counts, and have a base width and Algorithm 1's norm. mlp-adamw is the network o
 import argparse
 import itertools
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.cifar import DataError
+from experiments.commands import command, start
 from experiments.optima import Optima, format_table, grid_rhos, slice_rhos, what_to_look_at
 from experiments.sweep import ALONE, METHODS, NETWORKS, Place, Run, data_on, sweep
-from experiments.training import BACKENDS, SettingsError, check_device, has_kernels, is_cuda
+from experiments.training import BACKENDS, check_device, has_kernels, is_cuda
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # of the options, for each network
     "mlp": dict(data="mnist1d", widths=[128, 256, 512], methods=[*METHODS], lrs=[0.2, 0.4, 0.8])
@@ -173,19 +171,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command("the same command goes on where it stopped")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        check_device(args.device)
-        data_on(args.data, args.root, "cpu")
-    except (DataError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_device(args.device)
+    data_on(args.data, args.root, "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        optima = train_all(args, args.out / f"{args.name}.jsonl")
-    except KeyboardInterrupt:
-        return 130
+    optima = train_all(args, args.out / f"{args.name}.jsonl")
     found, base, figure = summary(optima), base_name(args.network), args.out / f"{args.name}.png"
     (args.out / f"{args.name}.json").write_text(json.dumps(found, indent=1, default=float) + "\n")
     print(format_table(found["rows"], base))
@@ -195,5 +187,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a terminated sweep ends its workers too
-    sys.exit(main())
+    start(main)

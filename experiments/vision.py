@@ -19,16 +19,14 @@ import argparse
 import contextlib
 import gc
 import os
-import signal
-import sys
 from typing import Any
 
 import torch.distributed as dist
 
 from experiments import data
-from experiments.cifar import DataError
+from experiments.commands import RANK, SettingsError, command, locked, start
 from experiments.presets import parse_args, run_folder
-from experiments.training import SettingsError, check_device, is_cuda, locked
+from experiments.training import check_device, is_cuda
 from experiments.vision_run import finished, train
 
 
@@ -46,7 +44,7 @@ def start_processes(args: argparse.Namespace) -> None:
         raise SettingsError(f"--batch-size {args.batch_size} cannot be divided over {dist.get_world_size()} processes")
 
 
-def run(args: argparse.Namespace, rank: int) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """The result of the run, which is trained first if it is not finished."""
     check_device(args.device)
     if "RANK" in os.environ:
@@ -54,34 +52,30 @@ def run(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     result = finished(args)
     if result is None:
         images = data.images(args.data, args.root)
-        with contextlib.nullcontext() if rank else locked(run_folder(args) / "lock"):
+        with contextlib.nullcontext() if RANK else locked(run_folder(args) / "lock"):
             result = train(args, images)
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("the same command goes on after the last epoch that was finished")
+def train_and_print(argv: list[str] | None) -> int:
     args = parse_args(argv, __doc__)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        result, folder = run(args, rank), run_folder(args)
-    except (DataError, SettingsError) as error:
-        print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("\ninterrupted; the same command goes on after the last epoch that was finished", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # DDP holds the group, in cycles
-            dist.destroy_process_group()
-    if rank == 0:
+    result, folder = run(args), run_folder(args)
+    if RANK == 0:
         text = "best test accuracy {best_test_accuracy:.2f} %, last {last_test_accuracy:.2f} %".format(**result)
         state = f"diverged in epoch {result['epochs']}; " if result["diverged"] else ""
         print(f"{state}{text}, {result['seconds_per_epoch']:.1f} s per epoch; files in {folder}")
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return train_and_print(argv)
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # DDP holds the group, in cycles
+            dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end a job with it
-    sys.exit(main())
+    start(main)

@@ -4,7 +4,6 @@ import argparse
 import csv
 import functools
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from tqdm import tqdm
 
 import mup2_fused as mup2
 from experiments import data, networks
+from experiments.commands import SettingsError, read_json, reading, write, write_json
 from experiments.presets import BASES, run_folder, settings, width
-from experiments.training import SettingsError, Training, device_name, precision, processes, write, write_json
+from experiments.training import Training, device_name, precision, processes
 from mup2_fused.compiled_passes import CompiledPasses
 
 GAIN = {"resnet18": 2**0.5, "vit": 1.0, "mlp": 2**0.5}  # of the initial weights; sqrt(2) is for ReLU; ours
@@ -165,11 +165,12 @@ class VisionRun:
         write(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.rows = state["rows"]
-        self.skipped_before = self.rows[-1]["skipped_steps"]
+        with reading(path, "remove this file, and the run starts again"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.rows = state["rows"]
+            self.skipped_before = self.rows[-1]["skipped_steps"]
 
     def __str__(self) -> str:
         args, parameters = self.args, sum(p.numel() for p in self.model.parameters())
@@ -189,7 +190,10 @@ class VisionRun:
 def finished(args: argparse.Namespace) -> dict[str, Any] | None:
     """The result of this run, if there is one."""
     path = run_folder(args) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    keys = "best_test_accuracy", "last_test_accuracy", "epochs", "diverged", "seconds_per_epoch"
+    return read_json(path, keys, "remove this file, and the same command goes on after the run's last epoch")
 
 
 def train(args: argparse.Namespace, images: data.Images, quiet: bool = False) -> dict[str, Any]:
@@ -236,7 +240,8 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
 
     The folder's name has a hash of the settings: this finds folders that were renamed, and files that were changed.
     """
-    if path.exists() and (found := json.loads(path.read_text())) != config:
+    found = read_json(path, (), "remove this file") if path.exists() else config
+    if found != config:
         names = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
         raise SettingsError(f"{path} belongs to a run with other settings ({', '.join(names)}): remove its folder")
     write_json(path, config)

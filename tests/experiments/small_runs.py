@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from experiments import data, sweep
+from experiments import commands, data, sweep
 from experiments.cifar import CIFAR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,12 @@ def file_of(kind, version, x, y):
     if version == "binary":
         coarse = [np.full(len(y), 7)] * (kind.label_bytes - 1)  # the labels of the 20 classes of CIFAR-100
         return np.hstack([np.stack([*coarse, y], 1).astype(np.uint8), x]).tobytes()
-    batch = {b"data": x, kind.labels: y.tolist(), b"coarse_labels": [7] * len(y), b"filenames": [b"a.png"] * len(y)}
+    batch = {
+        b"data": x,
+        kind.labels.encode(): y.tolist(),
+        b"coarse_labels": [7] * len(y),
+        b"filenames": [b"a.png"] * len(y),
+    }
     return pickle.dumps(batch, protocol=2)
 
 
@@ -159,5 +164,5 @@ class InThisProcess(Executor):
 
 
 def without_processes(monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(commands, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(sweep, "as_completed", list)

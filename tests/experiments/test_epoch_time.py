@@ -60,10 +60,16 @@ def test_a_file_of_times_is_added_to(tmp_path, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert [(row["amp"], row["steps"]) for row in rows] == [("none", 2), ("bf16", 1)]
     # Files of another device, or of something else, stay as they are.
-    for content, message in (({"device": "x", "rows": []}, "another device, x"), ([1], "not a file of this script")):
-        path.write_text(json.dumps(content))
-        assert message in refusal(capsys, epoch_time.main, *FLAGS, "--out", str(path))
-        assert json.loads(path.read_text()) == content
+    whole = path.read_text()
+    damaged = [whole[:-9], whole.replace('"device"', '"place"'), whole.replace('"ways"', '"way"'), "[1]", ""]
+    for content in ('{"device": "x", "rows": []}', *damaged):
+        message = (
+            f"error: {path} has times of another device, x" if "x" in content[:14] else f"error: cannot read {path} ("
+        )
+        path.write_text(content)
+        said = refusal(capsys, epoch_time.main, *FLAGS, "--out", str(path))
+        assert said.startswith(message) and "name another file" in said and said.count("\n") == 1
+        assert path.read_text() == content
 
 
 @pytest.mark.parametrize("flags", [["resnet18-digits", *TINY_RESNET], ["mlp-cifar10", "--width-multiplier", "0.0625"]])

@@ -1,12 +1,11 @@
 """Slopes measured at small widths against the predicted exponents, and the experiment that does so at larger ones."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import InThisProcess
+from small_runs import without_processes
 
 from experiments import exponents as experiment
 from experiments.exponents import QUANTITIES, Row, measure, slopes
@@ -45,10 +44,9 @@ def test_rows_are_those_of_the_tables():
 def test_the_command_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     few = [row for row in experiment.rows() if row.table in ("D.1", "D.2") or "muP²" in row.name]
     monkeypatch.setattr(experiment, "rows", lambda: few)
-    monkeypatch.setattr(experiment, "ProcessPoolExecutor", InThisProcess)
+    without_processes(monkeypatch)
     arguments = ["--widths", "16", "32", "--seeds", "1", "--jobs", "1", "--tolerance", "0", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["exponents", *arguments])
-    assert experiment.main() == 1, "no measurement is exact"
+    assert experiment.main(arguments) == 1, "no measurement is exact"
     printed = capsys.readouterr().out
     assert printed.count(" <--") == len(few) and f"largest deviation of {len(few)} rows" in printed
     result = json.loads((tmp_path / "exponents.json").read_text())

@@ -1,10 +1,9 @@
 """The search for learning rate and radius: interrupted, extended, shared by processes."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-from small_runs import TINY_RESNET, TINY_VIT, refusal, start, use_few_samples
+from small_runs import TINY_RESNET, TINY_VIT, only_folder, refusal, start, use_few_samples, without_processes
 
 from experiments import search
 
@@ -57,27 +56,38 @@ def test_search(tmp_path, capsys, monkeypatch):
 
 @needs_optuna
 def test_search_with_two_jobs(tmp_path, monkeypatch, capsys):
-    """Processes are replaced: here their work is done when they start, and one of the last pair fails."""
-    started, ended = [], []
-
-    class Process:
-        def __init__(self, target, args):
-            self.work, self.exitcode = lambda: target(*args), 0
-
-        def start(self):
-            self.work()
-            started.append(self)
-
-        def join(self):
-            ended.append(self)
-            self.exitcode = -9 if len(ended) == 3 else 0
-
+    """In place of processes, two workers one after the other."""
+    without_processes(monkeypatch)
     use_few_samples(monkeypatch)
-    monkeypatch.setattr(search.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Process))
     command = [*TINY_VIT, "--study", "small", "--out", str(tmp_path), "--jobs", "2", "--trials"]
-    assert search.main([*command, "2"]) == 0 and started == ended and len(started) == 2
+    assert search.main([*command, "2"]) == 0
     assert len(trials_of(tmp_path)) == 2 and "best of 2 trials" in capsys.readouterr().out
-    assert search.main([*command, "2"]) == 9 and "best of" not in capsys.readouterr().out
+
+
+@needs_optuna
+def test_damaged_files_of_a_search(tmp_path, monkeypatch, capsys):
+    """The journal of the study, and files of the trial that was interrupted."""
+    use_few_samples(monkeypatch)
+    command = [*TINY_VIT, "--study", "small", "--out", str(tmp_path), "--trials", "1"]
+    assert search.main(command) == 0
+    path = tmp_path / "small.journal"
+    first, second, *others = (whole := path.read_bytes()).splitlines(True)
+    for number, content in {
+        2: first + second[:9] + b"\n" + b"".join(others),
+        len(others) + 2: whole[:-1],  # the next line would be joined to this one
+        "": first + b"{}\n",
+    }.items():
+        path.write_bytes(content)
+        said = refusal(capsys, search.main, *command)
+        assert said.startswith(f"error: cannot read {f'line {number} of ' if number else ''}{path} (")
+        assert "choose another name" in said and said.count("\n") == 1 and path.read_bytes() == content
+    path.unlink()
+    result = only_folder(tmp_path) / "result.json"  # the same point is drawn again
+    result.write_text("{")
+    said = refusal(capsys, search.main, *command)
+    assert said.startswith(f"error: cannot read {result} (") and "remove this file" in said
+    result.unlink()
+    assert search.main(command) == 0 and sorted(t.state.name for t in trials_of(tmp_path)) == ["COMPLETE", "FAIL"]
 
 
 @needs_optuna

@@ -3,11 +3,10 @@
 import itertools
 import json
 import shutil
-import signal
 
 import pytest
 import torch
-from small_runs import ROOT, cifar_files, refusal, start, store, sweep_rows, wait_for, without_processes
+from small_runs import ROOT, cifar_files, refusal, store, sweep_rows, without_processes
 
 from experiments import demo, optima, sweep, transfer
 from experiments.sweep import ALONE, METHODS, Run
@@ -43,7 +42,7 @@ def test_a_sweep_resumes_and_reports(tmp_path, capsys, monkeypatch):
         patch.setattr(sweep, "train", interrupted_after(2))
         assert transfer.main(command) == 130
     first = sweep_rows(path)
-    assert len(first) == 2 and f"interrupted; the same command goes on from {path}" in capsys.readouterr().err
+    assert len(first) == 2 and "interrupted; the same command goes on" in capsys.readouterr().err
     assert transfer.main(command) == 0
     printed = capsys.readouterr().out
     lines, rows = path.read_text().splitlines(), sweep_rows(path)
@@ -67,25 +66,26 @@ def test_a_sweep_resumes_and_reports(tmp_path, capsys, monkeypatch):
     assert again[:-3] == lines[:-3] and keyed(sweep_rows(path)) == keyed(rows), "a run is reproducible"
 
 
-@pytest.mark.slow
-def test_a_terminated_sweep_goes_on(tmp_path, monkeypatch):
-    """In processes, as users start it: the workers end with it, and its finished runs stay."""
-    command = [*SMALL, "--epochs", "3", "--methods", "muP²", "--out", str(tmp_path)]
-    path = tmp_path / "transfer_mnist1d.jsonl"
-    process = start(["-m", "experiments.transfer", *command], start_new_session=True)
-    wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and f"the same command goes on from {path}" in errors
-    rows = sweep_rows(path)
-    without_processes(monkeypatch)
-    assert transfer.main(command) == 0
-    assert sweep_rows(path)[: len(rows)] == rows and len(sweep_rows(path)) > len(rows)
+@pytest.mark.parametrize("damaged", [b'{"data": ', b"[1]", b"{}", b"\xff", b"", "row without an accuracy"])
+def test_a_damaged_line_is_named_and_kept(tmp_path, capsys, monkeypatch, damaged):
+    """Unlike a last line that was cut off, which an interruption explains."""
+    monkeypatch.setattr(sweep, "worker_processes", None)
+    whole = (RESULTS / "demo.jsonl").read_bytes().splitlines(True)
+    if isinstance(damaged, str):
+        damaged = whole[2].replace(b'"last"', b'"first"').strip()
+    for main, name in ((demo.main, "demo"), (transfer.main, "transfer_mnist1d")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(content := b"".join([*whole[:2], damaged + b"\n", *whole[3:], b'{"cut": "o']))
+        said = refusal(capsys, main, "--out", str(tmp_path))
+        assert said.startswith(f"error: cannot read line 3 of {path} (") and said.count("\n") == 1
+        assert "remove this line" in said and path.read_bytes() == content
+    path.write_bytes(b"".join([*whole, b'{"cut": "o']))
+    assert len(sweep.read_runs(path)) == len(whole) and path.read_bytes() == b"".join(whole)
 
 
 def test_the_committed_runs_are_finished(tmp_path, monkeypatch, capsys):
     """Nothing is trained, and the tables are the committed ones."""
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(sweep, "worker_processes", None)
     for path in (RESULTS / "demo.jsonl", *RESULTS.glob("transfer_*.jsonl")):
         shutil.copy(path, tmp_path)
     for network in ("mlp", "resnet", "vit"):

@@ -1,8 +1,10 @@
 """Table 2 from result files that are written here."""
 
+from small_runs import refusal
+
 from experiments import table2
+from experiments.commands import write_json
 from experiments.presets import parse_args, run_folder, settings
-from experiments.training import write_json
 
 
 def finished_run(out, accuracies, diverged=False, **changed):
@@ -48,5 +50,11 @@ def test_table2(tmp_path, capsys):
     assert cells(printed, "AdamW")[3] == "70.00 (1)"
     assert "selected by test accuracy, as in the paper" in printed
     assert printed.count("diverged: resnet18-cifar10-sp-naive-layerwise") == 1 and "1 runs with another" in printed
-    assert table2.main([str(tmp_path / "nowhere")]) == 2
-    assert "error: no finished runs" in capsys.readouterr().err
+    assert "error: no finished runs" in refusal(capsys, table2.main, str(tmp_path / "nowhere"))
+    path = next(tmp_path.glob("*/result.json"))
+    whole = path.read_text()
+    for content in (whole[:-9], "", "[]", whole.replace("best_test", "best"), whole.replace('"depth"', '"deep"')):
+        path.write_text(content)
+        said = refusal(capsys, table2.main, str(tmp_path))
+        assert said.startswith(f"error: cannot read {path} (") and "remove this file" in said
+        assert said.count("\n") == 1 and path.read_text() == content

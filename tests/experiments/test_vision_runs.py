@@ -19,6 +19,7 @@ from small_runs import (
     image_folder,
     metrics,
     only_folder,
+    refusal,
     result_of,
     store,
     use_few_samples,
@@ -193,6 +194,33 @@ def test_interrupted_and_resumed_in_every_file(tmp_path, capsys, monkeypatch):
     assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [
         (row["epoch"], pytest.approx(row["train_loss"])) for row in metrics(folder)
     ]
+
+
+def test_damaged_files_of_a_run(tmp_path, capsys, monkeypatch):
+    use_few_samples(monkeypatch)
+    command = [*TINY_VIT, "--out", str(tmp_path)]
+    assert vision.main(command) == 0
+    whole = {path: path.read_bytes() for path in only_folder(tmp_path).iterdir()}
+    for name in ("result.json", "config.json", "checkpoint.pt"):
+        path = only_folder(tmp_path) / name
+        for content in (whole[path][:-9], whole[path][: len(whole[path]) // 2], b"", b"[1]"):
+            path.write_bytes(content)
+            said = refusal(capsys, vision.main, *command)
+            assert said.startswith(f"error: cannot read {path} (") and "remove this file" in said
+            assert said.count("\n") == 1 and path.read_bytes() == content
+        path.write_bytes(whole[path])
+        (only_folder(tmp_path) / "result.json").unlink(missing_ok=True)
+    assert vision.main(command) == 0 and result_of(tmp_path) == json.loads(whole[only_folder(tmp_path) / "result.json"])
+
+
+def test_a_damaged_image_ends_the_run_with_its_name(tmp_path, capsys):
+    """In a process that reads data, too, whose errors arrive with a traceback."""
+    broken = image_folder(tmp_path) / "val" / "bee" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    for workers in ("0", "1"):
+        flags = [*small("vit-s16-imagenet", tmp_path / workers), "--workers", workers, "--device", "cpu"]
+        said = refusal(capsys, vision.main, *flags, "--root", str(tmp_path), "--out", str(tmp_path / "runs"))
+        assert said.splitlines()[-1].startswith(f"error: cannot read {broken} (") and "Traceback" not in said
 
 
 def test_skipped_steps_are_counted_from_the_start(tmp_path, monkeypatch):
