@@ -6,13 +6,15 @@ and the factors of the mup package's readout, which divides its input by the wid
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mup2_fused.roles import MATRIX_MODULES, Weight, describe
+from mup2_fused.layouts import LORA
+from mup2_fused.roles import Weight, describe
 from mup2_fused.theory import exponents
 from mup2_ref import MUP2, ROLES, Exponents, factors, initial_std, known
 
@@ -37,13 +39,17 @@ def param_groups(
     weight_decay: lr * weight_decay is the same at every width.
     perturb: "all", "norm" (only normalization layers: SAM-ON), or a function (name, parameter) -> bool. Where some
     roles are not perturbed, the rows that exponents() made are replaced by those for the other roles.
-    roles: {parameter name: "input", "hidden", "output" or "finite"} where modules and shapes do not tell.
+    roles: {parameter name: "input", "hidden", "output" or "finite"} where modules and shapes do not tell. Instead of a
+    role, a layout says which dimensions are fan_out and fan_in: "out in", "in out", or "batch in out" for a stack of
+    matrices such as experts. There is one word for each dimension, and leading batch dimensions may be left out.
     Groups have params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb and variant. ValueError for an
-    ambiguous role, an unknown name, or models that differ in more than their width.
+    ambiguous role, an unknown name, or models that differ in more than their width. A warning lists raw vectors whose
+    role "input" is only assumed.
     """
     if lr is None and weight_decay:
         raise ValueError("with lr=None, pass weight_decay to the optimizer: SAM(groups, MuSGD, weight_decay=...)")
     weights = {name: w for name, w in describe(model, base, roles).items() if w.parameter.requires_grad}
+    _warn_of_assumed(weights)
     perturbed = _perturbed_names(weights, perturb)
     scaling = _for_weights(scaling, weights, {weights[name].role for name in perturbed})
     n = _width(weights)
@@ -57,6 +63,18 @@ def param_groups(
         group["params"].append(weight.parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def _warn_of_assumed(weights: dict[str, Weight]) -> None:
+    names = [name for name, weight in weights.items() if weight.assumed]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            f"raw vectors count as 'input', as biases do: {', '.join(names[:5])}{more}. If forward() multiplies with "
+            f"one and sums over it, as in x @ v, say roles={{'{names[0]}': 'output'}}. roles={{'{names[0]}': 'input'}} "
+            "confirms the assumption and silences this warning.",
+            stacklevel=3,
+        )
 
 
 def _perturbed_names(weights: dict[str, Weight], perturb: str | Callable[[str, Tensor], bool]) -> set[str]:
@@ -133,25 +151,46 @@ def init_(
     """Draw the initial weights of an existing model in place, and return the model.
 
     Matrices are drawn with standard deviation gain / sqrt(fan_in) at the base width and n^(-b_l) times that elsewhere;
-    their biases become 0.
+    their biases become 0. Raw matrices are drawn, too, if their role is hidden or output, or if roles= says a layout.
     gain: as in torch.nn.init.calculate_gain, sqrt(2) for ReLU. Embeddings, normalizations and other vectors need no
-    scale and keep their values. Raw parameters keep theirs, too, as only the model's author knows how to draw them.
+    scale and keep their values. So do raw parameters of the role "input", frozen parameters (freeze what is not to be
+    drawn), and those matrices of LoRA that are zero.
     The result does not depend on the values before, so drawing twice is the same as drawing once.
-    base, roles: as for param_groups, with the same errors.
-    zero_output: output weights start at 0. At the base width, name them: roles={"head.weight": "output"}.
+    base, roles: as for param_groups, with the same errors; and ValueError for a matrix whose fan_in is unknown.
+    zero_output: output weights start at 0, but not those of LoRA and of transformers' routers. At the base width, name
+    them: roles={"head.weight": "output"}.
     """
-    weights = describe(model, base, roles)
-    if zero_output and all(weight.role != "output" for weight in weights.values()):
-        raise ValueError("zero_output: no tensor has the role 'output'. Name it: roles={'head.weight': 'output'}.")
-    for weight in weights.values():
+    weights = {name: w for name, w in describe(model, base, roles).items() if _to_draw(name, w.parameter)}
+    zeros = {name for name, weight in weights.items() if zero_output and _may_start_at_zero(name, weight)}
+    if zero_output and not zeros:
+        raise ValueError(
+            "zero_output: no trainable tensor has the role 'output'. Name it: roles={'head.weight': 'output'}."
+        )
+    for name, weight in weights.items():
+        if weight.base_fan_in is None and weight.role in ("hidden", "output") and not weight.bias | (name in zeros):
+            raise ValueError(
+                f"init_ cannot tell the fan_in of '{name}' (shape {tuple(weight.parameter.shape)}): say its layout "
+                f"instead of its role, such as roles={{'{name}': 'in out'}} for x @ w and 'out in' for F.linear(x, w), "
+                "pass the base model, or freeze it while init_ draws the others."
+            )
+    for name, weight in weights.items():
         p = weight.parameter
-        if zero_output and weight.role == "output":
+        if name in zeros or weight.bias:
             p.zero_()
         elif weight.base_fan_in is not None:
             p.normal_(0, gain * weight.base_fan_in**-0.5 * initial_scale(weight, scaling))
-        elif p.ndim == 1 and isinstance(weight.module, MATRIX_MODULES):
-            p.zero_()
     return model
+
+
+def _may_start_at_zero(name: str, weight: Weight) -> bool:
+    """Not LoRA's A, as its B is 0 already, and no router, which would send all inputs to the same experts."""
+    inside = LORA.search(name) is not None or "Router" in type(weight.module).__name__
+    return weight.role == "output" and not inside
+
+
+def _to_draw(name: str, p: nn.Parameter) -> bool:
+    """One of LoRA's two matrices starts at 0, so that an adapter changes nothing at first."""
+    return p.requires_grad and not (LORA.search(name) and not p.any())
 
 
 def report(groups: list[dict[str, Any]]) -> str:

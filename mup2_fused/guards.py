@@ -34,7 +34,7 @@ class Guard:
 
     def before_climb(self, optimizer: Any) -> None:
         """RuntimeError if another SAM has perturbed some of these weights, and would restore what it saw."""
-        if len(optimizers.data) == 1:
+        if len(optimizers) == 1:
             return
         others = [other() for other in optimizers.valuerefs()]
         backups = [b for other in others if other not in (None, optimizer) for b in other.phase.backups or ()]

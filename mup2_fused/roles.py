@@ -7,16 +7,27 @@ modules of its own examples.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from mup2_ref import ROLES, Growth
-
-MATRIX_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from mup2_fused.layouts import (
+    EMBEDDINGS,
+    NORM_MODULES,
+    Layout,
+    fans,
+    may_contract,
+    of_matrix_module,
+    of_role,
+    of_shape,
+    of_type,
+    read,
+)
+from mup2_ref import Growth
 
 
 class Weight(NamedTuple):
@@ -28,6 +39,8 @@ class Weight(NamedTuple):
     growth: Growth
     base_fan_in: int | None  # at the base width; None: init_ does not draw this parameter
     divisor: float  # mup.MuReadout divides its input by this growth of the width; 1.0 elsewhere
+    bias: bool  # of a matrix whose module is known: init_ makes it 0
+    assumed: bool  # "input" is a guess, for a raw vector v that may be used as x @ v
 
     @property
     def in_norm(self) -> bool:
@@ -49,15 +62,21 @@ class _Place(NamedTuple):
     def ratios(self) -> list[float]:
         return [n / n0 if n0 else 1.0 for n, n0 in zip(self.parameter.shape, self.base_shape)]
 
+    @property
+    def growing(self) -> list[int]:
+        """The dimensions that grow with the width."""
+        return [i for i, ratio in enumerate(self.ratios) if ratio != 1]
+
 
 def describe(model: nn.Module, base: nn.Module | None = None, roles: dict[str, str] | None = None) -> dict[str, Weight]:
     """Every parameter of the model by its name; a tied parameter is listed once, by its first name.
 
     base: the same architecture at the base width; None: p.infshape, which mup.set_base_shapes() sets, is read.
-    roles: {parameter name: role} where modules and shapes do not tell the role.
+    roles: {parameter name: role or layout} where modules and shapes do not tell; see param_groups.
     Raises ValueError for a role that cannot be told, and for models that differ in more than their width.
     """
     roles = roles or {}
+    _refuse_old_norms(model)
     base_shapes = _base_shapes(model, base)
     first_names: dict[Tensor, str] = {}
     found: dict[str, Weight] = {}
@@ -93,27 +112,17 @@ def tied(model: nn.Module) -> set[str]:
     return {several[0] for several in names.values() if len(several) > 1}
 
 
-def fans(module: nn.Module, shape: torch.Size, growing: list[int]) -> tuple[int, int] | None:
-    """(fan_out, fan_in) of a tensor; None if neither the module's type nor the shape tells.
-
-    growing: the dimensions that grow with the width.
-    """
-    if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 1:  # with groups, too
-        fan_out = shape[1] * module.groups if module.transposed else shape[0]
-        return fan_out, shape.numel() // fan_out
-    if isinstance(module, MATRIX_MODULES) and len(shape) == 2:
-        return shape[0], shape[1]
-    if isinstance(module, NORM_MODULES):
-        return shape.numel(), 1
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and len(shape) == 2:
-        return shape[1], 1  # its input is one-hot: each coordinate of the output is a single weight
-    if not growing:
-        return 1, 1
-    if len(shape) == 1 or (len(shape) > 2 and shape.numel() == max(shape)):  # gains, biases, layer scales, class tokens
-        return shape.numel(), 1
-    if len(shape) > 2 and shape[0] == 1 and growing == [len(shape) - 1]:  # (1, positions, width): added to activations
-        return shape[-1], 1
-    return None  # a matrix that some forward() multiplies with, from the left or from the right
+def _refuse_old_norms(model: nn.Module) -> None:
+    """torch.nn.utils.weight_norm and spectral_norm leave no trace but a hook in layers that look like any other."""
+    for owner, module in model.named_modules():
+        trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+        for hook in module._forward_pre_hooks.values() if trainable else ():
+            if old := {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}.get(type(hook)):
+                name = f"{owner}.{hook.name}".lstrip(".")
+                raise ValueError(
+                    f"'{name}' is normalized by torch.nn.utils.{old}, so that muP's scales do not reach it. Call "
+                    f"torch.nn.utils.remove_{old} in both models, and put a normalization layer behind this one."
+                )
 
 
 def _base_shapes(model: nn.Module, base: nn.Module | None) -> dict[str, torch.Size]:
@@ -131,39 +140,56 @@ def _base_shapes(model: nn.Module, base: nn.Module | None) -> dict[str, torch.Si
 
 
 def _weight(place: _Place, word: str | None) -> Weight:
-    """word: the role that the user gives to this parameter."""
-    if word not in (None, *ROLES, "finite"):
-        raise ValueError(f"roles gives '{place.name}' the role {word!r}; take 'input', 'hidden', 'output' or 'finite'.")
-    p, module = place.parameter, place.module
-    fans_now, fans_at_base = _both_fans(place)
-    if place.base_module is None and fans_now is None and p.ndim == 2 and not _groups_unknown(module):
-        word = word or _word_of_mup(p)
-    if (fans_now is None and word is None) or (word == "hidden" and p.ndim < 2):
+    """word: the role or the layout that the user gives to this parameter."""
+    p, module, base_module = place.parameter, place.module, place.base_module
+    role, said = read(word, place.name, p.ndim)
+    typed = of_type(module, place.name, p.shape)
+    # An infshape does not tell how many groups the base model has.
+    unknown_groups = base_module is None and typed is not None and _groups(module, typed) > 1
+    if base_module is None and p.ndim == 2 and word is None and not typed and of_shape(p.shape, place.growing) is None:
+        role = _word_of_mup(p)
+    assumed = not (role or said or typed) and bool(place.growing) and may_contract(module, place.name)
+    layout = said or _layout(place, role, typed)
+    if layout is None or (unknown_groups and word is None):
         raise _ambiguous(place, word)
-    if fans_now and fans_at_base:
-        growth = Growth(fans_now[0] / fans_at_base[0], fans_now[1] / fans_at_base[1])
-    else:
-        growth = Growth(place.ratios[0], math.prod(place.ratios[1:]))
-    growth = _as_told(growth, word)
-    role = word or growth.role
-    drawn = p.ndim > 1 and isinstance(module, MATRIX_MODULES)
-    base_fan_in = fans_at_base[1] if drawn and fans_at_base else None
-    return Weight(p, module, role, growth, base_fan_in, _divisor(place, growth) if role == "output" else 1.0)
+    if "in" in layout and (layout is said or layout is typed):
+        _require_same_batch(place, layout)
+    now, at_base = (
+        fans(layout, shape, _groups(m, layout) if layout is typed and not unknown_groups else 1)
+        for shape, m in ((p.shape, module), (place.base_shape, base_module or module))
+    )
+    growth = _as_told(Growth(now[0] / at_base[0], now[1] / at_base[1]), role)
+    role = role or growth.role
+    base_fan_in = at_base[1] if "in" in layout and not unknown_groups else None
+    bias = "in" not in layout and of_matrix_module(module, place.name, p.shape) is not None
+    return Weight(p, module, role, growth, base_fan_in, _divisor(place, role, growth), bias, assumed)
 
 
-def _both_fans(place: _Place) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """Fans in the model and in the base model; both are None, or neither is."""
-    if place.base_module is None and _groups_unknown(place.module) and place.parameter.ndim > 1:
-        return None, None  # an infshape does not tell how many groups the base model has
-    growing = [i for i, ratio in enumerate(place.ratios) if ratio != 1]
-    now = fans(place.module, place.parameter.shape, growing)
-    at_base = fans(place.base_module or place.module, place.base_shape, growing)
-    return (now, at_base) if now and at_base else (None, None)
+def _layout(place: _Place, role: str | None, typed: Layout | None) -> Layout | None:
+    """The layout that the module's type, the shape or the user's role tells; None if they do not."""
+    if typed is None:
+        shape = place.parameter.shape
+        return of_role(role, shape, place.ratios) if role else of_shape(shape, place.growing)
+    if isinstance(place.module, EMBEDDINGS) and role == "output" and "in" not in typed:
+        return "out", "in"  # tied to a readout
+    return typed if "in" in typed or role != "hidden" else None
 
 
-def _groups_unknown(module: nn.Module) -> bool:
-    """Whether fan_out depends on the number of groups, which a base model may have chosen differently."""
-    return isinstance(module, nn.modules.conv._ConvNd) and module.transposed and module.groups > 1
+def _groups(module: nn.Module, layout: Layout) -> int:
+    """Over how many groups the fan_out of this tensor is spread."""
+    return module.groups if isinstance(module, nn.modules.conv._ConvNd) and layout[:1] == ("in",) else 1
+
+
+def _require_same_batch(place: _Place, layout: Layout) -> None:
+    for i in place.growing:
+        if layout[i] == "batch":
+            other = " ".join((*layout[:i], "out", *layout[i + 1 :]))
+            raise ValueError(
+                f"dimension {i} of '{place.name}' (shape {tuple(place.parameter.shape)}, in the base model "
+                f"{tuple(place.base_shape)}) only counts matrices, and a count, such as the number of experts, is no "
+                "width: build both models with the same one. If these are blocks on the diagonal of one matrix, say "
+                f"roles={{'{place.name}': '{other}'}}."
+            )
 
 
 def _word_of_mup(p: nn.Parameter) -> str:
@@ -182,18 +208,26 @@ def _as_told(growth: Growth, word: str | None) -> Growth:
 
 def _ambiguous(place: _Place, word: str | None) -> ValueError:
     told = f", and roles says {word!r}" if word else ""
+    more = ""
+    if isinstance(place.module, ParametrizationList):
+        more = (
+            " A parametrization makes the weight from it. If that normalizes the weight, as weight_norm, spectral_norm "
+            "and orthogonal do, muP's scales do not reach it: call torch.nn.utils.parametrize.remove_parametrizations, "
+            "and put a normalization layer behind. If it only adds to it, as LoRA does, the role is the weight's own."
+        )
     return ValueError(
         f"cannot tell the role of '{place.name}' (shape {tuple(place.parameter.shape)}, in the base model "
         f"{tuple(place.base_shape)}, owned by a module of type {type(place.module).__name__}{told}). Pass "
-        f"roles={{'{place.name}': role}}, with the role 'input' (fan_in does not grow with the width), 'hidden' (a "
-        "matrix of shape (fan_out, fan_in), and both grow), 'output' (fan_out does not grow) or 'finite' (nothing "
-        "grows)."
+        f"roles={{'{place.name}': role}}, with the role 'input' (fan_in does not grow with the width), 'hidden' (both "
+        "grow, the last two dimensions are fan_out and fan_in, and those before do not grow), 'output' (fan_out does "
+        "not grow) or 'finite' (nothing grows). Or pass a layout in place of the role, a word for each dimension: 'out "
+        f"in' for F.linear(x, w), 'in out' for x @ w, 'batch in out' for a stack of such matrices.{more}"
     )
 
 
-def _divisor(place: _Place, growth: Growth) -> float:
-    """The growth of the width by which a mup.MuReadout divides its input; 1.0 for all other modules."""
-    if all(kind.__name__ != "MuReadout" for kind in type(place.module).__mro__):
+def _divisor(place: _Place, role: str, growth: Growth) -> float:
+    """The growth of the width by which a mup.MuReadout divides its input; 1.0 for all other weights."""
+    if role != "output" or all(kind.__name__ != "MuReadout" for kind in type(place.module).__mro__):
         return 1.0
     divisor = own = float(place.module.width_mult())  # type: ignore[operator]
     if place.base_module is not None and hasattr(place.base_module.weight, "infshape"):

@@ -10,7 +10,7 @@ def power(x: float) -> str:
 
 
 def advice_on(quantity: str, excess: float, drawn: bool) -> str:
-    """drawn: init_ draws this parameter. It leaves embeddings and raw parameters to the model's author."""
+    """drawn: init_ draws this parameter. It leaves embeddings and vectors to the model's author."""
     way = "grows" if excess > 0 else "vanishes"
     remedy = power(-excess)
     if quantity == "init":

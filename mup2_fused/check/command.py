@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--widths", type=_numbers(","), default=(64, 128, 256, 512), help="such as 128,256,512,1024")
     p.add_argument("--groups", help="module:function; function(model) returns your parameter groups")
     p.add_argument("--own-init", action="store_true", help="keep the factory's initial weights")
-    p.add_argument("--roles", type=_pairs, help="as for param_groups: embed.weight=input,head.weight=output")
+    p.add_argument("--roles", type=_pairs, help="as for param_groups: 'embed.weight=input,w=in out'")
     p.add_argument("--base-optimizer", choices=list(BASES), default="sgd")
     p.add_argument("--variant", choices=VARIANTS, help="default: that of the groups, or sam")
     p.add_argument("--lr", type=float, help="without --groups; default 0.05, Adam 0.001")

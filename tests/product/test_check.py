@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from experiments import networks
 from mup2_fused import MLP, SAM, exponents, init_, param_groups
 from mup2_fused.check import QUANTITIES, WHOLE, check, command, measure
+from mup2_fused.check.counterpart import Counterpart, settings_of
+from mup2_fused.check.measure import effect
 
 SLOW = pytest.mark.slow
 WIDTHS = [32, 64, 128, 256]
@@ -157,6 +159,30 @@ def test_right_groups_pass_whatever_their_base_and_values():
         assert report.passed, str(report)
 
 
+def test_a_common_factor_of_radii_and_norm_cancels():
+    """e = rho g / norm: a norm that grows beyond muP²'s is right if all radii grow with it."""
+
+    def groups(model):
+        keys, width = ("rho", "gradnorm_scaling"), model.head.in_features
+        return [g | {k: g[k] * width / WIDTHS[0] for k in keys} for g in correct()(model)]
+
+    report = check(Net, WIDTHS, groups=groups, seeds=1)
+    assert report.passed, str(report)
+
+
+def test_the_counterpart_starts_from_the_users_groups_and_grows_as_mup2():
+    """The base model may be narrower than the narrowest one: at that width, it is the user's values that count."""
+    narrow, wide = Net(WIDTHS[0]), Net(4 * WIDTHS[0])
+    mine = [dict(params=[p], lr=3.0, rho=5.0, gradnorm_scaling=7.0, perturb=p.ndim > 1) for p in narrow.parameters()]
+    default = dict(lr=1.0, rho=1.0, gradnorm_scaling=1.0, perturb=1.0)
+    counterpart = Counterpart(narrow, Net(8), exponents(), None, settings_of(narrow, mine), default)
+    for model, m in ((narrow, 1), (wide, 4)):
+        made = settings_of(model, counterpart.groups(model))
+        assert made["first.weight"] == dict(lr=3 * m, rho=5 * m, gradnorm_scaling=7 * m**0.5, perturb=1)
+        assert made["head.weight"] == dict(lr=3 / m, rho=5 / m, gradnorm_scaling=7 / m**0.5, perturb=1)
+        assert made["norm.bias"]["perturb"] == made["head.bias"]["perturb"] == 0
+
+
 def test_a_plain_readout_with_a_division_takes_a_word():
     class Divides(Net):
         def forward(self, x):
@@ -176,21 +202,29 @@ def test_a_plain_readout_with_a_division_takes_a_word():
     assert check(Divides, WIDTHS, groups=groups, roles={"head.weight": "input"}).passed
 
 
+class Tied(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.e, self.hidden, self.norm = nn.Embedding(30, n), nn.Linear(n, n), nn.LayerNorm(n)
+        self.head = nn.Linear(n, 30, bias=False)
+        self.head.weight = self.e.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.hidden(self.e(x))))
+
+
 def test_a_readout_tied_to_the_embedding_blows_up():
-    class Tied(nn.Module):
-        def __init__(self, n):
-            super().__init__()
-            self.e, self.hidden, self.norm = nn.Embedding(30, n), nn.Linear(n, n), nn.LayerNorm(n)
-            self.head = nn.Linear(n, 30, bias=False)
-            self.head.weight = self.e.weight
-
-        def forward(self, x):
-            return self.head(self.norm(self.hidden(self.e(x))))
-
     with pytest.raises(ValueError, match=r"With 'input' the model must divide its logits"):
         check(Tied, WIDTHS)
     report = check(Tied, WIDTHS, roles={"e.weight": "input"}, base_optimizer="adam")
     assert not report.passed and report.rows[-1].wrong and "MuSharedReadout" in str(report)
+
+
+def test_a_tied_output_does_not_start_at_zero():
+    """With it the embedding would be 0, and nothing would learn."""
+    report = check(Tied, WIDTHS[:3], roles={"e.weight": "output"}, seeds=1)
+    assert report.rows[0].slopes["init"].value == pytest.approx(-1, abs=0.1)
+    assert all(row.values["update"] for row in report.rows)
 
 
 def test_nothing_to_measure_is_no_success():
@@ -281,6 +315,16 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "lower lr or rho" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="module:name"):
         command.main(["my_model"])
+
+
+def test_a_raw_vector_of_a_larger_module_counts_by_itself():
+    """A class token is added to activations, but its owner's output is that of the whole network."""
+    model = vit(32)
+    name = next(n for n, p in model.named_parameters() if p.ndim == 3)
+    after = model.get_parameter(name).detach() + 0.5
+    inputs = {"": ((torch.randn(2, 3, 8, 8),), {})}
+    assert effect(model, name, "input", after, inputs) == pytest.approx(0.5)
+    assert effect(model, name, "hidden", after, inputs) != pytest.approx(0.5)
 
 
 def test_the_model_is_left_as_it_is_found():

@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import re
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from small_problems import closure_of
 from torch import nn
 
+import mup2_fused
+from docs.build import ROOT
 from experiments.data import import_torchvision
 
 torchvision = import_torchvision()  # before transformers, which imports it
@@ -47,7 +51,6 @@ class Model(NamedTuple):
     output: set  # parameters with this role
     hidden: set  # some that have this one
     input: set
-    roles: dict | None = None
 
 
 MODELS = {
@@ -93,13 +96,28 @@ MODELS = {
         {"model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.gate_proj.weight"},
         {"model.embed_tokens.weight", "model.norm.weight"},
     ),
-    "hf gpt2": Model(  # its Conv1D is a class of its own, which only says what its matrix is if asked
+    "hf gpt2": Model(  # its Conv1D is a class of its own, whose matrices are (in, out)
         gpt2,
         tokens,
         {"lm_head.weight"},
-        {"transformer.h.0.attn.c_attn.weight"},
+        {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
         {"transformer.wte.weight", "transformer.wpe.weight"},
-        roles={n: "hidden" for n, p in gpt2(4).named_parameters() if ".h." in n and p.ndim == 2},
+    ),
+    "hf vit": Model(
+        lambda n: hf.ViTForImageClassification(config(hf.ViTConfig, n, image_size=32, patch_size=8, num_labels=10)),
+        image,
+        {"classifier.weight"},
+        {"vit.layers.0.mlp.fc1.weight"},
+        {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"},
+    ),
+    "hf resnet": Model(
+        lambda n: hf.ResNetForImageClassification(
+            hf.ResNetConfig(embedding_size=n, hidden_sizes=[4 * n, 8 * n], depths=[1, 1], num_labels=10)
+        ),
+        image,
+        {"classifier.1.weight"},
+        {"resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"},
+        {"resnet.embedder.embedder.convolution.weight"},
     ),
 }
 
@@ -109,8 +127,10 @@ def test_other_peoples_models(name):
     m = MODELS[name]
     model, base = m.build(M * BASE), m.build(BASE)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    assert init_(model, base, roles=m.roles) is model
-    groups = param_groups(model, base, lr=0.05, rho=0.02, roles=m.roles)
+    assert init_(model, base) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no role is assumed
+        groups = param_groups(model, base, lr=0.05, rho=0.02)
     by_name = {n: g for g in groups for n in g["names"]}
     role = {n: g["role"] for n, g in by_name.items()}
     assert role.keys() == before.keys()
@@ -140,9 +160,25 @@ def test_other_peoples_models(name):
     assert losses[-2] < losses[0], "and the steps descend"
 
 
-def test_gpt2_needs_a_word():
-    with pytest.raises(ValueError, match=r"role of 'transformer.h.0.attn.c_attn.weight' .* Conv1D.*Pass roles="):
-        param_groups(gpt2(32), gpt2(16), lr=0.1, rho=0.1)
+def recipe(model):
+    """The lines for GPT-2 in docs/networks.md."""
+    (code,) = (
+        c for c in re.findall(r"```python\n(.*?)```", (ROOT / "docs/networks.md").read_text(), re.DOTALL) if "gpt2" in c
+    )
+    names = {"mup2": mup2_fused, "gpt2": model, "gpt2_base": gpt2(BASE)}
+    exec(code, names)
+    return names["groups"]
+
+
+def test_the_documented_recipe_for_gpt2():
+    model = gpt2(M * BASE)
+    recipe(model)
+    mlp = model.transformer.h[0].mlp
+    for conv1d, fan_in in ((mlp.c_fc, M * BASE), (mlp.c_proj, 4 * M * BASE)):
+        assert conv1d.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05) and not conv1d.bias.any()
+    report = check(gpt2, [16, 32, 64, 128], groups=recipe, seeds=2, batch=8)
+    assert report.passed and not any(row.wrong or row.unclear for row in report.rows), str(report)
+    assert all(row.values["perturbation"] for row in report.rows if row.role in ("hidden", "output"))
 
 
 @pytest.mark.parametrize("name", ["torchvision vit", "hf llama"])

@@ -220,6 +220,18 @@ def test_raw_parameters_mean_what_they_mean_to_mup():
         param_groups(model, lr=1.0, rho=1.0)
 
 
+def test_init_of_raw_parameters():
+    """A depthwise weight is an input layer, which keeps its values where its fan_in is not known."""
+    torch.manual_seed(0)
+    model = mup.set_base_shapes(Raw(WIDE), Raw(BASE), delta=Raw(2 * BASE, 2 * BASE))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    init_(model, gain=1.0, roles={"up.weight": "input"})
+    assert torch.equal(model.table, before["table"]) and torch.equal(model.up.weight, before["up.weight"])
+    assert model.matrix.std().item() == pytest.approx(WIDE**-0.5, rel=0.05)
+    with pytest.raises(ValueError, match=r"fan_in of 'up.weight' .* pass the base model"):
+        init_(model, roles={"up.weight": "hidden"})
+
+
 def test_without_infshapes():
     model = with_infshapes(mlp)
     with pytest.raises(ValueError, match=r"'1.weight' has no infshape. Pass the base model, or call mup.set"):

@@ -98,6 +98,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:raw vectors")  # the names here do not tell what they are
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_roles_and_factors(kind):
     build, expected = EXPECTED[kind]
