@@ -62,14 +62,18 @@ def make_base(base: Callable[..., Any], groups: list[dict[str, Any]], kwargs: di
     return made
 
 
-def check_group(group: dict[str, Any], variant: str) -> None:
-    """ValueError if the group's factors are out of range or made for another variant."""
+def check_factors(group: dict[str, Any]) -> None:
+    """KeyError if the group lacks one of SAM's keys; ValueError if a factor is out of range."""
+    for key in ("rho", "gradnorm_scaling", "perturb"):
+        if key not in group:
+            raise KeyError(
+                f"a parameter group has no {key!r}: add groups with add_param_group(), which fills in what is missing"
+            )
     if not (0 <= group["rho"] < math.inf and 0 < group["gradnorm_scaling"] < math.inf):
         raise ValueError(
             f"rho must be finite and >= 0, not {group['rho']}; gradnorm_scaling must be finite and > 0, not "
             f"{group['gradnorm_scaling']} (perturb=False keeps a group out of perturbation and norm)"
         )
-    variant_of([group], variant)
 
 
 def variant_of(groups: list[dict[str, Any]], variant: str | None) -> str:

@@ -59,7 +59,7 @@ def obstacle(groups: Groups) -> str:
             return f"there are kernels for the CPU and for CUDA, but not for {p.device.type}"
         if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"there are kernels for float32, float64, bfloat16 and float16, but not for {p.dtype}"
-        if hasattr(p, "__tensor_flatten__") and not is_spread(p):
+        if not is_spread(p) and not _C.is_dense(p):
             return f"the kernels cannot look inside a {type(p).__name__}"
     return ""
 
@@ -67,9 +67,11 @@ def obstacle(groups: Groups) -> str:
 def kernel_of(base: torch.optim.Optimizer) -> str | None:
     """The kernel that does what base.step() does: "sgd", "adam" or "adamw".
 
-    None for others, or if step() has hooks or is replaced.
+    None for others, or if step() has hooks or is replaced, but for schedulers that only note its calls.
     """
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base):
+    replaced = vars(base).get("step")
+    noted = hasattr(replaced, "_wrapped_by_lr_sched") and getattr(replaced, "__wrapped__", None) is type(base).step
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or (replaced and not noted):
         return None
     return KERNELS.get(type(base))
 
@@ -77,14 +79,16 @@ def kernel_of(base: torch.optim.Optimizer) -> str | None:
 class CompiledPasses:
     """The functions of torch_passes by kernels where there is one, and by torch_passes elsewhere.
 
-    No kernel perturbs parameters that share memory or have sparse or complex gradients. The update has kernels for SGD,
-    Adam and AdamW, without amsgrad and without hooks on the base optimizer. The host never waits for the GPU where the
-    kernels do both; work goes to the current stream, and calls on several streams must be ordered by the caller.
-    Backups stay allocated from step to step: one copy of the perturbed weights.
+    No kernel perturbs parameters that share memory, or by gradients that are sparse, complex, tensors that wrap others,
+    or of another type than float32 and the parameter's. The update has kernels for SGD, Adam and AdamW, without amsgrad
+    and without hooks on the base optimizer, if the state has the parameter's type. The host never waits for the GPU
+    where the kernels do both; work goes to the current stream, and calls on several streams must be ordered by the
+    caller. Backups stay allocated from step to step: one copy of the perturbed weights.
     """
 
     def __init__(self, groups: Groups) -> None:
         self.plan = _C.Plan()
+        self.backups: list[tuple[Tensor, Tensor]] = []  # not in the plan: the garbage collector cannot look inside it
         self.meshes = Meshes(groups)
 
     def climb(self, phase: Phase, groups: Groups, variant: str, process_group: Any = None) -> None:
@@ -97,11 +101,12 @@ class CompiledPasses:
             if not any(p.numel() for p in perturbed):  # no kernel would call reduce, and other processes wait for it
                 return torch_passes.climb(phase, groups, variant, process_group)
         try:
-            done = self.plan.climb(groups, phase, variant, reduce)
+            done = self.plan.climb(groups, phase, variant, reduce, self.backups)
         except BaseException:
             self.restore(phase)
             raise
         if not done:
+            self.backups = []
             torch_passes.climb(phase, groups, variant, process_group)
 
     def restore(self, phase: Phase) -> None:
@@ -129,6 +134,7 @@ class CompiledPasses:
             create = partial(create_state, base.state)
             options = (create, grad_scale, found_inf, skip_nonfinite, share)
             if self.plan.descend(groups, base.state, phase, kernel, *options):
+                base._opt_called = True  # type: ignore[attr-defined]  # as a scheduler of the base would note
                 return
         self.restore(phase)
         phase.finite = self.finite(phase)
@@ -144,7 +150,7 @@ class CompiledPasses:
 
     def memory(self) -> list[Tensor]:
         """What the kernels write to besides parameters, gradients and state. A captured graph must keep it alive."""
-        return self.plan.memory()
+        return [w for _, w in self.backups] + self.plan.memory()
 
     def norms(self) -> tuple[float, list[float]]:
         """(joint norm, gradnorm_scaling ||T g|| of each perturbed tensor) of the latest first_step(), to look at."""
@@ -170,6 +176,21 @@ def passes_for(groups: list[dict[str, Any]], backend: str) -> Passes:
         raise RuntimeError(f"SAM(backend='compiled') cannot run: {reason}. backend='torch' runs without kernels")
     warn_once(reason)
     return torch_passes
+
+
+def passes_with(passes: Passes, groups: Groups, backend: str) -> Passes:
+    """The passes of an optimizer to which these groups were added: `passes`, if they can serve the new ones, too.
+
+    RuntimeError as in passes_for(). Looks at the new groups only.
+    """
+    if not isinstance(passes, CompiledPasses):
+        return passes
+    new = passes_for(groups, backend)
+    if not isinstance(new, CompiledPasses):
+        return new
+    for key, split in new.meshes.items():
+        passes.meshes.setdefault(key, set()).update(split)
+    return passes
 
 
 @cache

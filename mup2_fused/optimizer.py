@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 
 from mup2_fused import torch_passes
-from mup2_fused.arguments import check_arguments, check_base, check_group, make_base, variant_of, without_old_weights
-from mup2_fused.compiled_passes import passes_for
+from mup2_fused.arguments import check_arguments, check_base, check_factors, make_base, variant_of, without_old_weights
+from mup2_fused.compiled_passes import passes_for, passes_with
 from mup2_fused.guards import Guard
 from mup2_fused.loops import random_states
 from mup2_fused.torch_passes import Phase
@@ -80,16 +80,18 @@ class SAM(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. ValueError for a bad rho or gradnorm_scaling, or a group that is made for another variant."""
         if isinstance(param_group, dict):  # torch refuses anything else, and says why
-            check_group(self.defaults | param_group, self.variant)
+            check_factors(self.defaults | param_group)
+            variant_of([self.defaults | param_group], self.variant)
         groups = len(self.param_groups)
         super().add_param_group(param_group)
         if "passes" in vars(self):  # not while __init__ adds the first groups
             try:
-                passes = passes_for(self.param_groups, self.backend)
+                passes = passes_with(self.passes, self.param_groups[groups:], self.backend)
             except RuntimeError:
                 del self.param_groups[groups:]
                 raise
-            self.phase, self.passes = self._settled(), passes
+            if passes is not self.passes:
+                self.phase, self.passes = self._settled(), passes
             self.guard.add(self.param_groups[groups:])
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from mup2_fused.arguments import check_factors
 from mup2_fused.sharded import Groups, in_any_process, is_spread, place_gradients, whole
 from mup2_ref import EPS, contribution, joint_norm, perturb_
 
@@ -69,12 +70,10 @@ def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None)
 def climbing(groups: Groups) -> list[tuple[Any, dict[str, Any]]]:
     """(parameter, its group) for everything that first_step() perturbs: it has a gradient, and perturb=True.
 
-    KeyError for a group that lacks one of SAM's keys.
+    KeyError for a group that lacks one of SAM's keys; ValueError for a rho that is negative or not finite.
     """
-    for key in [key for group in groups for key in ("rho", "gradnorm_scaling", "perturb") if key not in group]:
-        raise KeyError(
-            f"a parameter group has no {key!r}: add groups with add_param_group(), which fills in what is missing"
-        )
+    for group in groups:
+        check_factors(group)
     return [(p, group) for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
 
 

@@ -33,9 +33,27 @@ inline void drain(bool streaming) {
 #endif
 }
 
+// While this object lives, the processor computes with subnormal numbers, whatever torch.set_flush_denormal() says.
+// widen() needs this for float16: a number below 2^-14 is subnormal in float32 until its exponent is right.
+class SubnormalNumbers {
+ public:
+  explicit SubnormalNumbers([[maybe_unused]] bool needed) {
+#ifdef __x86_64__
+    if (needed) _mm_setcsr(before_ & ~0x8040u);  // flush to zero, denormals are zero
+#endif
+  }
+#ifdef __x86_64__
+  ~SubnormalNumbers() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+#endif
+};
+
 // Calls f(W{}, G{}, i, chunk number i) for the chunks [begin, end) of a batch with weights W and gradients G.
 template <class B, class F> void each_chunk(const B& batch, Types types, int64_t begin, int64_t end, F f) {
   if (begin == end) return;
+  const SubnormalNumbers mode(types.w == kF16);
   with_types(types, [&](auto w, auto g) {
     uint32_t item = locate(batch, begin).item;
     for (int64_t i = begin; i < end; ++i) {

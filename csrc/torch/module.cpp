@@ -35,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
       .def("skipped", &Plan::skipped)
       .def("memory", &Plan::memory)
       .def("norms", &Plan::norms);
+  m.def("is_dense", is_dense);
   m.def("walk", walk);
   m.attr("chunk") = kChunk;
   m.attr("tensors_per_launch") =

@@ -1,14 +1,13 @@
-// What the plan reads from Python's objects: tensors, whether they share memory, and the options and the state of base
-// optimizers, as torch.optim keeps them.
+// What the plan reads from Python's objects: tensors, whether they share memory, keys of groups, backups.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
-#include "core/updates.h"
 #include "torch/tensors.h"
 
 namespace mup2 {
@@ -20,13 +19,16 @@ inline const Tensor& unpack(py::handle h) {
   TORCH_CHECK_TYPE(h && THPVariable_Check(h.ptr()), "mup2_fused: a tensor is missing, or is another object");
   return THPVariable_Unpack(h.ptr());
 }
+inline bool is_subclass(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
 [[gnu::noinline]] inline const Tensor& part_of_subclass(const Tensor& t) {
   const py::object whole = py::reinterpret_steal<py::object>(THPVariable_Wrap(t));
-  if (!py::hasattr(whole, "_local_tensor")) return t;
-  const py::object part = whole.attr("_local_tensor");
-  return unpack(py::hasattr(part, "trigger_wait") ? part.attr("trigger_wait")() : part);  // waits for its collective
+  if (py::hasattr(whole, "_local_tensor")) return part_of_subclass(unpack(whole.attr("_local_tensor")));
+  if (!py::hasattr(whole, "trigger_wait")) return t;
+  whole.attr("trigger_wait")();
+  return unpack(whole.attr("elem"));
 }
-// The part of a DTensor that lies in this process, which the DTensor keeps alive. Any other tensor itself.
+// The part of a DTensor that lies in this process, and the result of a collective, for which this waits. The subclass
+// keeps it alive. Any other tensor itself.
 inline const Tensor& local(const Tensor& t) { return is_subclass(t) ? part_of_subclass(t) : t; }
 // Tells autograd that a tensor changes.
 inline void bump(const Tensor& t) {
@@ -48,7 +50,7 @@ class Overlap {
         extent = 1;
         for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
       }
-      const char* begin = (const char*)t.data_ptr();
+      const char* begin = (const char*)address(t);
       ranges_.emplace_back(begin, begin + extent * t.itemsize());
     }
     if (ranges_ == known_) return answer_;  // parameters rarely move
@@ -78,7 +80,27 @@ inline const py::handle backups = make("backups");  // of the phase
 }  // namespace key
 
 // dict[key], a borrowed reference; null if the key is absent.
-inline py::handle get(py::handle dict, py::handle key) { return PyDict_GetItemWithError(dict.ptr(), key.ptr()); }
+inline py::handle get(py::handle dict, py::handle key) {
+  PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+// group[key]. Raises KeyError if the key is absent.
+inline py::handle required(py::handle group, py::handle key) {
+  if (const py::handle found = get(group, key)) return found;
+  throw py::key_error("a parameter group has no " + std::string(py::repr(key)) +
+                      ": add groups with add_param_group(), which fills in what is missing");
+}
+// group[key] as a number. Raises KeyError if the key is absent, TypeError for what is no number.
+inline double required_number(py::handle group, py::handle key) {
+  const py::handle found = required(group, key);
+  const double value = PyFloat_AsDouble(found.ptr());
+  if (value != -1 || !PyErr_Occurred()) return value;
+  if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+  PyErr_Clear();
+  throw py::type_error(std::string(py::str(key)) + " of a parameter group must be a number, not " +
+                       std::string(py::repr(found)));
+}
 inline bool is_true(py::handle h) {
   const int answer = h ? PyObject_IsTrue(h.ptr()) : 0;
   if (answer < 0) throw py::error_already_set();
@@ -105,109 +127,33 @@ class States {
   Py_ssize_t position_ = 0;
 };
 
-// A list of (parameter, backup), as Phase.backups holds it.
+// A list of (parameter, backup), as Phase.backups holds it. It belongs to Python, so that the garbage collector sees
+// which parameters the optimizer holds: they may hold the optimizer in turn.
 class Backups {
  public:
-  explicit Backups(py::list list) : list_(std::move(list)) {}
+  explicit Backups(py::list list) : list_(std::move(list)) {
+    for (size_t i = 0; i < size(); ++i) {
+      PyObject* const pair = PyList_GET_ITEM(list_.ptr(), i);
+      TORCH_CHECK_TYPE(PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2, "backups are pairs (parameter, backup)");
+    }
+  }
   size_t size() const { return PyList_GET_SIZE(list_.ptr()); }
   py::handle parameter(size_t i) const { return PyTuple_GET_ITEM(PyList_GET_ITEM(list_.ptr(), i), 0); }
   const Tensor& backup(size_t i) const { return unpack(PyTuple_GET_ITEM(PyList_GET_ITEM(list_.ptr(), i), 1)); }
-  void append(py::handle parameter, Tensor backup) {
-    list_.append(py::make_tuple(parameter, py::cast(std::move(backup))));
+  // The backup of the n-th perturbed parameter: the one of the last step if it fits.
+  const Tensor& backup(size_t n, py::handle parameter, const Tensor& w) {
+    if (n < size() && this->parameter(n).ptr() == parameter.ptr()) {
+      const Tensor& last = backup(n);
+      if (fits(last, w) && (equal(last.strides(), w.strides()) || !w.is_non_overlapping_and_dense())) return last;
+    }
+    keep(n);
+    list_.append(py::make_tuple(parameter, py::cast(at::empty_like(w.detach()))));
+    return backup(n);
   }
   void keep(size_t n) { PyList_SetSlice(list_.ptr(), n, size(), nullptr); }  // the first n; the others are dropped
-  const py::list& list() const { return list_; }
 
  private:
   py::list list_;
 };
-
-// Reads the groups of one call. read() returns false if only the base optimizer itself can do the update: an option has
-// no kernel, or has no value that is known on the host.
-struct OptionsReader {
-  bool decoupled;                   // the base optimizer is AdamW. Before torch 2.7 its groups do not say so
-  at::Device lr_device = at::kCPU;  // of the last learning rate that is a tensor on a GPU
-
-  bool read(py::handle group, Sgd::Hyper& h) {
-    memset(&h, 0, sizeof h);  // the padding too, because batches compare bytes
-    h.nesterov = is_true(get(group, key::nesterov));
-    return number(get(group, key::momentum), h.momentum) && number(get(group, key::dampening), h.dampening) &&
-           read_common(group, h);
-  }
-
-  bool read(py::handle group, Adam::Hyper& h) {
-    memset(&h, 0, sizeof h);
-    const auto betas = get(group, key::betas).cast<py::sequence>();
-    h.decoupled = decoupled || is_true(get(group, key::decoupled_weight_decay));
-    return !is_true(get(group, key::amsgrad)) && number(py::object(betas[0]), h.beta1) &&
-           number(py::object(betas[1]), h.beta2) && number(get(group, key::eps), h.eps) && read_common(group, h);
-  }
-
- private:
-  // Whether an option is a number, which is then stored.
-  static bool number(py::handle option, double& value) {
-    if (!option || !(PyFloat_Check(option.ptr()) || PyLong_Check(option.ptr()))) return false;
-    value = option.cast<double>();
-    return true;
-  }
-
-  template <class Hyper> bool read_common(py::handle group, Hyper& h) {
-    h.maximize = is_true(get(group, key::maximize));
-    const py::handle lr = get(group, key::lr);
-    if (!number(get(group, key::weight_decay), h.weight_decay)) return false;
-    if (number(lr, h.lr)) return true;
-    if (!lr || !THPVariable_Check(lr.ptr())) return false;
-    const Tensor& t = unpack(lr);
-    if (!t.is_cuda()) {
-      h.lr = t.item<double>();
-      return true;
-    }
-    if (t.scalar_type() != at::kFloat) return false;
-    h.lr_tensor = t.data_ptr<float>();  // a captured CUDA graph reads it in every replay
-    lr_device = t.device();
-    return true;
-  }
-};
-
-// One parameter of an update. Tensors are owned by Python. w: the part of the whole that lies in this process. g is
-// null without gradient, backup if the parameter was not perturbed.
-struct Update {
-  py::handle parameter, state;
-  const Tensor *whole, *w, *g, *backup;
-  int group;
-};
-
-// state[key], or null if it is absent or None.
-inline py::handle find(py::handle state, py::handle key) {
-  const py::handle found = state ? get(state, key) : py::handle();
-  return found && found.is_none() ? py::handle() : found;
-}
-
-// Whether a kernel can begin with this state. With dampening the first momentum is the gradient, unless the step is
-// skipped: only torch's own code makes that.
-inline bool fits(const Sgd::Hyper& h, py::handle state) {
-  return h.momentum == 0 || h.dampening == 0 || find(state, key::momentum_buffer);
-}
-inline bool fits(const Adam::Hyper&, py::handle) { return true; }
-
-// Adds moments and step count to the last entry. create(parameter, keys) makes and returns the state that is missing.
-inline void add_state(Entries& entries, const Sgd::Hyper& h, const Update& u, const py::function& create) {
-  if (h.momentum == 0) return;
-  py::handle momentum = find(u.state, key::momentum_buffer);
-  if (!momentum) momentum = get(create(u.parameter, py::make_tuple(key::momentum_buffer)), key::momentum_buffer);
-  entries.set(kM, local(unpack(momentum)), true);
-}
-
-inline void add_state(Entries& entries, const Adam::Hyper&, const Update& u, const py::function& create) {
-  py::handle state = u.state;
-  if (!find(state, key::exp_avg)) state = create(u.parameter, py::make_tuple(key::step, key::exp_avg, key::exp_avg_sq));
-  entries.set(kM, local(unpack(get(state, key::exp_avg))), true);
-  entries.set(kV, local(unpack(get(state, key::exp_avg_sq))), true);
-  // The kernels need one float32 on the device of the parameter, where the step count then stays.
-  const Tensor& step = unpack(get(state, key::step));
-  if (step.device() != u.w->device() || step.scalar_type() != at::kFloat)
-    state[key::step] = step.to(u.w->device(), at::kFloat).clone();
-  entries.list.back().ptr[kSteps] = unpack(get(state, key::step)).data_ptr<float>();
-}
 
 }  // namespace mup2

@@ -78,7 +78,7 @@ void update_lists(Lists& lists, const typename Method::Hyper& hyper, const std::
     Control control = ws.control();
     Tensor flag;
     TORCH_CHECK(!skip || skip->numel() == 1, "skip must be one number");
-    if (skip) control.nonfinite = (int32_t*)(flag = skip->to(device, at::kInt)).data_ptr();
+    if (skip) control.nonfinite = (int32_t*)address(flag = skip->to(device, at::kInt));
     update<Method>(entries, {hyper}, control);
   });
   lists.copy_back();
@@ -93,7 +93,7 @@ void restore_(at::TensorList w, at::TensorList backup) {
 // Sets the learning rate. Returns the tensor that the kernels read it from; it must live until they are started.
 template <class Hyper> Tensor set_lr(Hyper& h, const Tensor& lr, const at::TensorList w) {
   const Tensor on_device = !w.empty() && w[0].is_cuda() && lr.is_cuda() ? lr.to(w[0].device(), at::kFloat) : lr;
-  h.lr_tensor = on_device.is_cuda() ? on_device.data_ptr<float>() : nullptr;
+  h.lr_tensor = on_device.is_cuda() ? (const float*)address(on_device) : nullptr;
   h.lr = h.lr_tensor ? 0 : lr.item<double>();
   return on_device;
 }
@@ -115,7 +115,7 @@ void adam_(at::TensorList w, at::TensorList g, at::TensorList backup, at::Tensor
     TORCH_CHECK(steps[i].device() == w[i].device() && steps[i].scalar_type() == at::kFloat && steps[i].numel() == 1,
                 "a step count is one float32 number on the device of its tensor");
   Lists lists(w, {{kG, g, false}, {kBackup, backup, false, true}, {kM, exp_avg, true}, {kV, exp_avg_sq, true}});
-  for (DeviceEntry& e : lists.list) e.ptr[kSteps] = steps[e.index].data_ptr<float>();
+  for (DeviceEntry& e : lists.list) e.ptr[kSteps] = address(steps[e.index]);
   Adam::Hyper h = {0, weight_decay, beta1, beta2, eps, nullptr, decoupled, maximize};
   const Tensor keep = set_lr(h, lr, w);
   update_lists<Adam>(lists, h, skip);

@@ -6,37 +6,39 @@
 namespace mup2 {
 
 bool Plan::climb(const py::list& groups, const py::object& phase, const std::string& variant,
-                 const py::object& reduce) {
+                 const py::object& reduce, const py::list& backups) {
   const at::NoGradGuard no_grad;
   const Variant kind = variant_of(variant);
-  Climb climb(backups_.size());
+  Climb climb(backups);
   for (py::handle group : groups)
     if (!collect(group, !reduce.is_none(), climb)) return false;
   if (perturbed_.among(climb.changed)) return false;
-  backups_.keep(climb.n_backups);
+  climb.backups.keep(n_backups_ = climb.n_backups);
   for (const Tensor* w : climb.changed) bump(*w);
   run(climb, kind, reduce);
   // In C++, because an interrupt may come before Python has the result. Not earlier, because until now the backups were
   // those of the step before.
-  if (PyObject_SetAttr(phase.ptr(), key::backups.ptr(), backups_.list().ptr())) throw py::error_already_set();
+  if (PyObject_SetAttr(phase.ptr(), key::backups.ptr(), backups.ptr())) throw py::error_already_set();
   climb.entries.copy_back();
   return true;
 }
 
 // Adds the parameters of a group. with_empty: those of which this process has an empty part take part in the norm too.
 bool Plan::collect(py::handle group, bool with_empty, Climb& climb) {
-  const double rho = get(group, key::rho).cast<double>();
-  const double gradnorm_scaling = get(group, key::gradnorm_scaling).cast<double>();
+  if (!PyDict_Check(group.ptr())) return false;
+  const double rho = required_number(group, key::rho);
+  const double gradnorm_scaling = required_number(group, key::gradnorm_scaling);
+  const auto finite = [](double x) { return x >= 0 && x < HUGE_VAL; };
+  if (!finite(rho) || !finite(gradnorm_scaling) || !gradnorm_scaling) return false;  // torch_passes says what is wrong
   climb.radii.push_back({is_true(get(group, key::maximize)) ? -rho : rho, gradnorm_scaling});
-  if (!is_true(get(group, key::perturb))) return true;
+  if (!is_true(required(group, key::perturb))) return true;
   const int number = climb.radii.size() - 1;
-  for (py::handle parameter : get(group, key::params)) {
+  for (py::handle parameter : required(group, key::params)) {
     const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
     if (!g.defined()) continue;
-    if (g.layout() != at::kStrided || g.is_complex()) return false;
-    check_device(w);
+    if (!is_gradient(g, w)) return false;
     const int index = climb.n_backups++;
-    const Tensor& backup = this->backup(index, parameter, w);
+    const Tensor& backup = climb.backups.backup(index, parameter, w);
     climb.changed.push_back(&p);
     if (w.numel() == 0) {
       if (with_empty) climb.entries.add_zero(w, g, number).index = index;
@@ -44,22 +46,9 @@ bool Plan::collect(py::handle group, bool with_empty, Climb& climb) {
     }
     climb.entries.add(w, number).index = index;
     climb.entries.set(kG, g, false);
-    climb.entries.set(kBackup, backup, true);
+    climb.entries.place(kBackup, backup, true);
   }
   return true;
-}
-
-// The backup of the n-th perturbed parameter: the one of the last step if it fits.
-const Tensor& Plan::backup(size_t n, py::handle parameter, const Tensor& w) {
-  if (n < backups_.size() && backups_.parameter(n).ptr() == parameter.ptr()) {
-    const Tensor& last = backups_.backup(n);
-    if (last.sizes() == w.sizes() && last.scalar_type() == w.scalar_type() && last.device() == w.device() &&
-        (last.strides() == w.strides() || !w.is_non_overlapping_and_dense()))
-      return last;
-  }
-  backups_.keep(n);
-  backups_.append(parameter, at::empty_like(w.detach()));
-  return backups_.backup(n);
 }
 
 void Plan::run(Climb& climb, Variant variant, const py::object& reduce) {
@@ -92,7 +81,7 @@ struct Plan::Descent {
   const py::dict& state;
   const py::object& phase;
   const py::function& create;
-  const std::optional<Tensor>&grad_scale, &found_inf;
+  const Tensor *grad_scale, *found_inf;  // or null
   bool skip_nonfinite, decoupled;
   const py::object& share;
 };
@@ -101,7 +90,11 @@ bool Plan::descend(const py::list& groups, const py::dict& state, const py::obje
                    const py::function& create, const std::optional<Tensor>& grad_scale,
                    const std::optional<Tensor>& found_inf, bool skip_nonfinite, const py::object& share) {
   const at::NoGradGuard no_grad;
-  const Descent d = {groups, state, phase, create, grad_scale, found_inf, skip_nonfinite, method == "adamw", share};
+  const auto number = [](const std::optional<Tensor>& t) { return t ? &local(*t) : nullptr; };
+  const Descent d = {groups, state, phase, create, number(grad_scale), number(found_inf), skip_nonfinite,
+                     method == "adamw", share};
+  for (const Tensor* t : {d.grad_scale, d.found_inf})
+    if (t && !is_number(*t)) return false;
   return method == "sgd" ? descend_with<Sgd>(d) : descend_with<Adam>(d);
 }
 
@@ -110,10 +103,10 @@ template <class Method> bool Plan::descend_with(const Descent& d) {
   std::vector<Update> updates;
   if (!collect<Method>(d, hypers, updates)) return false;
   Entries entries(updates.size());
-  for (const Update& u : updates) {
+  for (Update& u : updates) {
     entries.add(*u.w, u.group);
-    if (u.backup) entries.set(kBackup, *u.backup, false);
-    if (u.g) entries.set(kG, *u.g, d.grad_scale.has_value());
+    if (u.backup) entries.place(kBackup, *u.backup, false);
+    if (u.g) entries.set(kG, *u.g, d.grad_scale != nullptr);
     if (u.g) add_state(entries, hypers[u.group], u, d.create);
   }
   // A process without any part of the tensors launches for one zero, and so counts a step that is skipped.
@@ -140,17 +133,18 @@ bool Plan::collect(const Descent& d, std::vector<typename Method::Hyper>& hypers
   bool work = false;
   for (py::handle group : d.groups) {
     auto& hyper = hypers.emplace_back();
-    if (!reader.read(group, hyper)) return false;
-    for (py::handle parameter : get(group, key::params)) {
+    if (!PyDict_Check(group.ptr()) || !reader.read(group, hyper)) return false;
+    for (py::handle parameter : required(group, key::params)) {
       const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
       Update u = {parameter, {}, &p, &w, g.defined() ? &g : nullptr, nullptr, int(hypers.size()) - 1};
       if (taken < backups.size() && backups.parameter(taken).ptr() == parameter.ptr())
         u.backup = &local(backups.backup(taken++));
       if (!u.backup && !u.g) continue;
-      if (!has_kernel(w) || (u.g && !has_kernel(g))) return false;
+      if (u.g ? !is_gradient(g, w) : !has_kernel(w)) return false;
+      if (u.backup && !fits(*u.backup, w)) return false;
       if (hyper.lr_tensor && reader.lr_device != w.device()) return false;
       if (u.g) u.state = states.find(parameter);
-      if (u.g && !fits(hyper, u.state)) return false;
+      if (u.g && !find_state(hyper, u)) return false;
       work |= u.g && p.numel();  // of the whole tensor, not of this process's part: all processes must decide alike
       updates.push_back(u);
       changed.push_back(&p);
@@ -173,8 +167,8 @@ void Plan::run(Entries& entries, const std::vector<typename Method::Hyper>& hype
     if (!known) copy_flag_to(ws);
     Control control = ws.control();
     Tensor scale, inf, skipped = ws.skipped();
-    if (d.grad_scale) control.grad_scale = (float*)(scale = d.grad_scale->to(device, at::kFloat)).data_ptr();
-    if (d.found_inf) control.found_inf = (float*)(inf = d.found_inf->to(device, at::kFloat)).data_ptr();
+    if (d.grad_scale) control.grad_scale = (float*)address(scale = float_on(device, *d.grad_scale));
+    if (d.found_inf) control.found_inf = (float*)address(inf = float_on(device, *d.found_inf));
     if (d.skip_nonfinite && second_.count(device)) control.nonfinite_second = second_.at(device).control().nonfinite;
     if (counts) control.skipped = skipped.data_ptr<int64_t>();
     counts = false;  // the first device counts for all
@@ -202,26 +196,31 @@ void Plan::restore(const py::list& backups) {
   const at::NoGradGuard no_grad;
   const Backups given(backups);
   Entries entries(given.size());
+  std::vector<std::pair<const Tensor*, const Tensor*>> others;  // to which no kernel fits
   for (size_t i = 0; i < given.size(); ++i) {
-    const Tensor& p = unpack(given.parameter(i));
-    entries.add(local(p), 0);
-    entries.set(kBackup, local(given.backup(i)), false);
+    const Tensor &p = unpack(given.parameter(i)), &w = local(p), &backup = local(given.backup(i));
     bump(p);
+    if (!has_kernel(w) || !has_kernels(w.device()) || !fits(backup, w)) {
+      others.emplace_back(&w, &backup);
+      continue;
+    }
+    entries.add(w, 0);
+    entries.place(kBackup, backup, false);
   }
   const py::gil_scoped_release release;
   mup2::restore(entries, workspaces_);
+  for (const auto& [w, backup] : others) w->copy_(*backup);
 }
 
 std::vector<Tensor> Plan::memory() {
   std::vector<Tensor> found;
-  for (size_t i = 0; i < backups_.size(); ++i) found.push_back(backups_.backup(i));
   for (Workspaces* all : {&workspaces_, &second_})
     for (auto& [device, ws] : *all) ws.append_to(found);
   return found;
 }
 
 py::tuple Plan::norms() {
-  std::vector<double> squares(backups_.size());
+  std::vector<double> squares(n_backups_);
   double square = 0;
   for (auto& [device, index] : order_) {
     Workspace& ws = workspace(workspaces_, device);

@@ -11,18 +11,21 @@
 #include <vector>
 
 #include "torch/dispatch.h"
-#include "torch/objects.h"
+#include "torch/options.h"
 
 namespace mup2 {
 
-// The plan keeps the backups from step to step, and a workspace per device.
+// The plan keeps a workspace per device from step to step.
 class Plan {
  public:
-  // First pass: perturbs every parameter that has a gradient, and sets phase.backups to the list of (parameter,
-  // backup). Returns false, and has changed nothing, if the kernels cannot do it: a gradient is sparse or complex, or
-  // parameters share memory. reduce(sums, rows), if not None, is called once per device. It adds to the sums, in place,
-  // the sums of other processes; row k belongs to the perturbed parameter number rows[k].
-  bool climb(const py::list& groups, const py::object& phase, const std::string& variant, const py::object& reduce);
+  // First pass: perturbs every parameter that has a gradient, and sets phase.backups to the list `backups`, which then
+  // has (parameter, backup) for each of them. It begins with those of the last step, whose memory is used again.
+  // Returns false, and has changed nothing else, if the kernels cannot do it: tensors are sparse, complex or wrap
+  // others, or parameters share memory. reduce(sums, rows), if not None, is called once per device. It adds to the
+  // sums, in place, the sums of other processes; row k belongs to the perturbed parameter number rows[k].
+  // KeyError if a group lacks rho, gradnorm_scaling, perturb or params.
+  bool climb(const py::list& groups, const py::object& phase, const std::string& variant, const py::object& reduce,
+             const py::list& backups);
 
   // Second pass: restores and updates at once, and sets phase.backups to None. Returns false, and has changed nothing,
   // if the kernels cannot do it. method: sgd, adam or adamw. create(parameter, keys) makes and returns missing state.
@@ -33,6 +36,8 @@ class Plan {
                const py::function& create, const std::optional<Tensor>& grad_scale,
                const std::optional<Tensor>& found_inf, bool skip_nonfinite, const py::object& share);
 
+  // Writes the backups into the weights. torch's copy_() does it where no kernel fits, as for weights that have another
+  // type than their backup since model.double() was called.
   void restore(const py::list& backups);
 
   // Whether the last joint norm was finite. This and the next two wait for the device.
@@ -48,18 +53,18 @@ class Plan {
     return sum;
   }
   py::tuple norms();             // (joint norm, [gradnorm_scaling ||T g|| per backup]) of the last first pass
-  std::vector<Tensor> memory();  // what the kernels of a captured graph write to, besides parameters, gradients, state
+  std::vector<Tensor> memory();  // what kernels write to besides parameters, gradients, backups and state
 
  private:
   struct Climb {
     Entries entries;
     std::vector<Radius> radii;           // per group
     std::vector<const Tensor*> changed;  // parameters
+    Backups backups;
     size_t n_backups = 0;
-    explicit Climb(size_t expected) : entries(expected) { changed.reserve(expected); }
+    explicit Climb(const py::list& last) : entries(py::len(last)), backups(last) { changed.reserve(py::len(last)); }
   };
   bool collect(py::handle group, bool with_empty, Climb& climb);
-  const Tensor& backup(size_t n, py::handle parameter, const Tensor& w);
   void run(Climb& climb, Variant variant, const py::object& reduce);
   // For a device without perturbed tensors: the flag of those with some, or 0 if no device has any.
   void copy_flag_to(Workspace& ws) {
@@ -77,7 +82,7 @@ class Plan {
   void run(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const Descent& d);
   void find_nonfinite(const Entries& entries, const py::object& share);
 
-  Backups backups_{py::list()};
+  size_t n_backups_ = 0;  // of the last first pass
   Overlap perturbed_, updated_;
   Workspaces workspaces_;  // of the first pass and of updates
   Workspaces second_;      // of the norm of the second gradient

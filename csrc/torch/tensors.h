@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/DispatchKeySet.h>
 
 #include <tuple>
 #include <vector>
@@ -26,10 +27,15 @@ MUP2_ERROR refuse_type(const Tensor& t) {
   TORCH_CHECK_TYPE(false, "mup2_fused has kernels for float32, float64, bfloat16 and float16, not for ",
                    t.scalar_type(), kOtherwise);
 }
-inline bool is_subclass(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
+MUP2_ERROR refuse_storage(const Tensor& t) {
+  TORCH_CHECK_TYPE(false, "mup2_fused has kernels for plain tensors and DTensors, not for sparse tensors and not for "
+                   "tensors that wrap others (", t.toString(), ")", kOtherwise);
+}
+MUP2_ERROR refuse_freed(const Tensor& t) {
+  TORCH_CHECK(false, "a tensor of shape ", t.sizes(), " has no memory, because its storage was freed: allocate it "
+              "before the step");
+}
 MUP2_ERROR refuse_device(const Tensor& t) {
-  TORCH_CHECK_TYPE(!is_subclass(t), "mup2_fused has kernels for plain tensors and DTensors, not for other subclasses "
-                   "of tensors", kOtherwise);
   TORCH_CHECK(!t.is_cuda(), "mup2_fused was built without CUDA, but a parameter is on ", t.device(), ": build it where "
               "torch has CUDA and nvcc is found (MUP2_CUDA=1 python setup.py build_ext --inplace), or use "
               "SAM(..., backend=\"torch\")");
@@ -54,15 +60,49 @@ inline Type type_of(const Tensor& t) {
     default: refuse_type(t);
   }
 }
+
+// What a tensor may be if its numbers are to lie in its own memory, as they are. Sparse tensors, and those that wrap
+// others (of subclasses such as DTensor, of torch.func), have more keys.
+constexpr c10::DispatchKeySet kPlainKeys =
+    c10::DispatchKeySet(c10::DispatchKeySet::RAW, c10::full_backend_mask) | c10::autocast_dispatch_keyset |
+    c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality,
+                         c10::DispatchKey::ADInplaceOrView});
+// Plain tensors, and those that a copy makes plain: negated views, and zeros without memory.
+constexpr c10::DispatchKeySet kDenseKeys =
+    kPlainKeys | c10::DispatchKeySet({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+inline bool is_plain(const Tensor& t) { return kPlainKeys.isSupersetOf(t.key_set()); }
+inline bool is_dense(const Tensor& t) { return kDenseKeys.isSupersetOf(t.key_set()); }
+
+// Where the first element of a plain tensor lies. RuntimeError if the tensor has no memory.
+inline void* plain_address(const Tensor& t) {
+  void* const found = t.data_ptr();
+  if (!found) refuse_freed(t);
+  return found;
+}
+// The same for any tensor. Raises TypeError if the tensor is not plain.
+inline void* address(const Tensor& t) {
+  if (!is_plain(t)) refuse_storage(t);
+  return plain_address(t);
+}
+
 // Whether the kernels have the type and layout of a tensor.
 inline bool has_kernel(const Tensor& t) {
   const at::ScalarType type = t.scalar_type();
-  return t.layout() == at::kStrided &&
-         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+  return is_dense(t) && (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
-// Raises TypeError for subclasses of tensors, and RuntimeError for devices without kernels.
+// Whether a tensor is one number that can be copied to where a kernel reads it.
+inline bool is_number(const Tensor& t) { return is_dense(t) && t.numel() == 1; }
+// The number in float32 on that device, as a plain tensor.
+inline Tensor float_on(at::Device device, const Tensor& number) {
+  const Tensor x = number.to(device, at::kFloat);
+  return is_plain(x) ? x : at::empty(x.sizes(), x.options()).copy_(x);
+}
+// Whether there are kernels for this device.
+inline bool has_kernels(at::Device device) { return device.is_cpu() || (kBuiltWithCuda && device.is_cuda()); }
+// Raises TypeError for tensors without memory of their own, and RuntimeError for devices without kernels.
 inline void check_device(const Tensor& t) {
-  if (is_subclass(t) || !(t.is_cpu() || (kBuiltWithCuda && t.is_cuda()))) refuse_device(t);
+  if (!is_dense(t)) refuse_storage(t);
+  if (!has_kernels(t.device())) refuse_device(t);
 }
 // Whether several elements of a tensor surely lie in one place.
 inline bool overlaps_itself(const Tensor& t) {
@@ -79,6 +119,15 @@ inline bool equal(at::IntArrayRef a, at::IntArrayRef b) {
 // Whether elements with equal indices have equal distances from the first element, for dense tensors of equal sizes.
 inline bool same_order(const Tensor& a, const Tensor& b) {
   return equal(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous());
+}
+
+// Whether the kernels can take the tensor as the backup or a moment of the parameter w.
+inline bool fits(const Tensor& t, const Tensor& w) {
+  return t.scalar_type() == w.scalar_type() && is_dense(t) && equal(t.sizes(), w.sizes()) && t.device() == w.device();
+}
+// Whether the kernels can take g as the gradient of w.
+inline bool is_gradient(const Tensor& g, const Tensor& w) {
+  return has_kernel(w) && is_dense(g) && (g.scalar_type() == w.scalar_type() || g.scalar_type() == at::kFloat);
 }
 
 // One parameter of a call, with its device and the number by which the caller knows it.
@@ -106,23 +155,29 @@ class Entries {
     e.numel = w.numel(), e.group = group, e.device = w.device();
     e.types = {type_of(w), type_of(w)};
     order_ = w.is_non_overlapping_and_dense() ? &w : &(contiguous_ = at::empty_like(w, at::MemoryFormat::Contiguous));
-    set(kW, w, true);
+    place(kW, w, true);
     return e;
   }
 
   // Sets one tensor of the last entry. which: a position in Item::ptr; written: the kernels write to it.
   void set(int which, const Tensor& t, bool written) {
-    DeviceEntry& e = list.back();
-    if (!equal(t.sizes(), order_->sizes()) || t.device() != e.device) refuse_misfit(t, *order_, e.device);
+    const at::Device device = list.back().device;
+    if (!is_dense(t)) refuse_storage(t);
+    if (!equal(t.sizes(), order_->sizes()) || t.device() != device) refuse_misfit(t, *order_, device);
     if (t.scalar_type() != order_->scalar_type()) set_type(which, t);
+    place(which, t, written);
+  }
+  // The same for a tensor of which it is known that it fits().
+  void place(int which, const Tensor& t, bool written) {
+    DeviceEntry& e = list.back();
     if (written && overlaps_itself(t)) refuse_overlap(t);
     if (t.numel() == 0) {
       static char nothing;
       e.ptr[which] = &nothing;  // not null, which would mean that there is no such tensor
-    } else if (same_order(t, *order_) && !t.is_neg()) {
-      e.ptr[which] = t.data_ptr();
+    } else if (is_plain(t) && same_order(t, *order_)) {
+      e.ptr[which] = plain_address(t);
     } else {
-      e.ptr[which] = copy(t, written);
+      e.ptr[which] = copy(which, t, written);
     }
   }
 
@@ -165,10 +220,13 @@ class Entries {
     TORCH_CHECK_TYPE(types.g == types.w || types.g == kF32, "a gradient is ", t.scalar_type(), ", its parameter is ",
                      order_->scalar_type(), ": only float32 gradients may have another type than their parameter");
   }
-  [[gnu::noinline]] void* copy(const Tensor& t, bool written) {
+  [[gnu::noinline]] void* copy(int which, const Tensor& t, bool written) {
+    // Zeros without memory cannot be written to. As a gradient they stay what they are when a loss scale divides them.
+    const bool zeros = t._is_zerotensor();
+    if (zeros && written && which != kG) refuse_overlap(t);
     Tensor ordered = at::empty_strided(order_->sizes(), order_->strides(), t.options());
     ordered.copy_(t);
-    copies_.push_back({t, ordered, written});
+    copies_.push_back({t, ordered, written && !zeros});
     return ordered.data_ptr();
   }
 

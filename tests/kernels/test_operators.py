@@ -1,11 +1,16 @@
 """torch.ops.mup2: against mup2_ref, torch.optim and float64, and bit for bit where that is due."""
 
+import hashlib
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from kernel_cases import F32, F64, TYPE_IDS, TYPES, assert_as_accurate, clones, equal, some_unaligned, tensors
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import mup2_fused
 import mup2_ref
@@ -154,6 +159,36 @@ def test_numbers_of_16_bits(device):
         assert torch.equal(w, x.to(dtype))
 
 
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
+def test_float16_where_the_processor_flushes_subnormal_numbers(instructions):
+    """Every float16 is read, perturbed and written as without torch.set_flush_denormal, on each instruction set."""
+    code = "import test_operators; print(test_operators.hash_of_float16(True) == test_operators.hash_of_float16(False))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MUP2_CPU": instructions}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+def hash_of_float16(flush):
+    """Of what the kernels make of all float16 numbers, and of float32 numbers around their smallest ones."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    x = torch.cat([every.float() * f for f in (1, 1 + 2**-11, 1 + 3 * 2**-12, 0.5)])
+    zeros, lr, one = torch.zeros(len(x)), torch.tensor(-1.0), torch.ones(1, dtype=F64)
+    results = []
+    assert torch.set_flush_denormal(flush)
+    for g in (x.half(), x):
+        w, backup, m, v = ((zeros + 2**-20).half() for _ in range(4))
+        norms = ops.joint_norm([w], [g], [0.1], [1.0], "elementwise")
+        ops.perturb_([w], [g], [backup], one, "sam")
+        results += [*norms, w.clone(), backup]
+        ops.sgd_([w], [g], [], [m], lr, momentum=0.5)
+        ops.adam_([w], [g], [], [m], [v], [torch.zeros(())], lr, eps=1e-4)
+        results += [w, m, v]
+    torch.set_flush_denormal(False)
+    assert all(any(0 < abs(n) < 2**-14 for n in r.double().tolist()) for r in results if r.dtype == torch.float16)
+    return hashlib.sha256(b"".join(r.numpy().tobytes() for r in results)).hexdigest()
+
+
 LAYOUTS = {
     "channels_last": lambda: torch.randn(4, 6, 5, 3).contiguous(memory_format=torch.channels_last),
     "transposed": lambda: torch.randn(70, 130).t(),
@@ -195,6 +230,42 @@ def test_operators_pass_opcheck(device):
     torch.library.opcheck(ops.restore_, (w, backup))
     torch.library.opcheck(ops.sgd_, (w, g, backup, m, lr), {"momentum": 0.9})
     torch.library.opcheck(ops.adam_, (w, g, backup, m, v, steps, lr))
+
+
+KINDS = {
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "negated view": lambda x: torch._neg_view(-x),
+    "two tensors": lambda x: TwoTensor(x, x.clone()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_without_memory_of_their_own(kind):
+    w, g = tensors(F32, "cpu", (3, 5)), tensors(F32, "cpu", (3, 5))
+    backup, lr, one = clones(w), torch.tensor(0.5), torch.ones(2, dtype=F64)
+    unusual = [KINDS[kind](x) for x in g]
+    expected = [w[i] - 0.5 * (0 if "zeros" in kind else g[i]) for i in range(2)]
+    norm, *_ = ops.joint_norm(w, unusual, [0.1] * 2, [1.0] * 2, "sam")
+    assert ("zeros" in kind) == (norm == 0)
+    if kind == "two tensors":  # whose dispatch unwraps them
+        return
+    ops.perturb_(w, unusual, backup, one, "sam")
+    ops.sgd_(w, unusual, backup, [], lr, skip=torch._efficientzerotensor((1,)))
+    assert equal(w, expected)
+
+
+def test_tensors_without_memory_are_not_written_to():
+    w, g, zero = tensors(F32, "cpu", (3,)), tensors(F32, "cpu", (3,)), torch._efficientzerotensor((3,))
+    freed, lr = torch.ones(3), torch.tensor(0.1)
+    freed.untyped_storage().resize_(0)
+    for match, call in (
+        ("ZeroTensors are immutable|clone", lambda: ops.restore_([zero], w)),
+        ("ZeroTensors are immutable|clone", lambda: ops.sgd_(w, g, [], [zero], lr, momentum=0.9)),
+        ("no memory", lambda: ops.restore_([freed], w)),
+        ("no memory", lambda: ops.sgd_(w, [freed], [], [], lr)),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            call()
 
 
 def test_operators_refuse_bad_input():

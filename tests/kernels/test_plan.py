@@ -1,6 +1,7 @@
 """The plan: what it reads from an optimizer's objects, when it refuses, and what it leaves behind."""
 
 import math
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +19,10 @@ class Optimizer:
     def __init__(self, base, params, **options):
         self.params = params
         self.base = base([dict(params=params, rho=0.5, gradnorm_scaling=2.0, perturb=True)], lr=0.1, **options)
-        self.phase, self.plan = SimpleNamespace(backups=None), _C.Plan()
+        self.phase, self.plan, self.backups = SimpleNamespace(backups=None), _C.Plan(), []
 
     def climb(self, variant="sam", reduce=None):
-        return self.plan.climb(self.base.param_groups, self.phase, variant, reduce)
+        return self.plan.climb(self.base.param_groups, self.phase, variant, reduce, self.backups)
 
     def descend(self, method="sgd", grad_scale=None, found_inf=None, skip_nonfinite=False, share=None):
         options = (method, self.create, grad_scale, found_inf, skip_nonfinite, share)
@@ -116,6 +117,45 @@ def test_it_refuses_and_changes_nothing():
         assert equal(o.params, [w for _, w in backups])
 
 
+@pytest.mark.parametrize("how", ["leaves", "moves"])
+def test_a_parameter_that_is_elsewhere_in_the_second_pass(how):
+    """Its backup would be left over, and its weight perturbed."""
+    o = Optimizer(torch.optim.SGD, parameters("cpu"))
+    before = clones(o.params)
+    assert o.climb()
+    moved, backups = clones(o.params), o.phase.backups
+    inside = o.base.param_groups[0]["params"]
+    last = inside.pop()
+    inside[:0] = [last] if how == "moves" else []
+    assert not o.descend() and equal(o.params, moved)
+    o.plan.restore(backups)
+    assert equal(o.params, before) and not equal(moved, before)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.view(90, 100), lambda w: w[:5].clone(), torch.Tensor.double])
+def test_a_parameter_that_changes_between_the_steps(change):
+    """The backup of the last step does not fit."""
+    o = Optimizer(torch.optim.SGD, parameters("cpu"))
+    assert o.climb() and o.descend()
+    p = o.params[1]
+    p.grad, p.data = None, change(p.data)
+    p.grad, before = torch.ones_like(p), clones(o.params)
+    assert o.climb() and equal([w for _, w in o.phase.backups], before) and not equal(o.params, before)
+    o.plan.restore(o.phase.backups)
+    assert equal(o.params, before)
+
+
+def test_what_no_dictionary_and_no_pair_is():
+    o = Optimizer(torch.optim.SGD, parameters("cpu"), momentum=0.9)
+    assert not o.plan.climb([UserDict(o.base.param_groups[0])], o.phase, "sam", None, [])
+    assert o.climb()
+    o.base.state[o.params[0]] = UserDict()
+    assert not o.descend()
+    for backups in ([o.params[0]], [(o.params[0],)], [(o.params[0], None)], [(None, o.params[0])]):
+        with pytest.raises(TypeError):
+            o.plan.restore(backups)
+
+
 def test_unknown_devices_and_variants():
     p = nn.Parameter(torch.empty(3, device="meta"))
     p.grad = torch.empty(3, device="meta")
@@ -129,7 +169,8 @@ def test_the_memory_of_captured_graphs(device):
     """Backups and workspaces keep their addresses from step to step."""
     o = Optimizer(torch.optim.SGD, parameters(device))
     assert o.climb() and o.descend(skip_nonfinite=True)
-    addresses = [t.data_ptr() for t in o.plan.memory()]
-    assert len(addresses) > len(o.params)
-    assert o.climb() and [w.data_ptr() for _, w in o.phase.backups] == addresses[: len(o.params)]
-    assert o.descend(skip_nonfinite=True) and [t.data_ptr() for t in o.plan.memory()] == addresses
+    addresses = lambda: [t.data_ptr() for t in (*(w for _, w in o.backups), *o.plan.memory())]
+    first = addresses()
+    assert len(o.backups) == len(o.params) and len(first) > len(o.params)
+    assert o.climb() and o.phase.backups is o.backups
+    assert o.descend(skip_nonfinite=True) and addresses() == first

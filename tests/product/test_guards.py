@@ -1,17 +1,20 @@
 """Mistakes in the loop around SAM: a warning or an error, and weights that are what they were."""
 
 import copy
+import functools
 import math
 import warnings
 
 import pytest
 import torch
 from small_problems import equal, ones_step, parameters, set_gradients, two_steps, weights
+from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import mup2_fused as mup2
 import mup2_ref
+from mup2_fused.compiled_passes import kernel_of
 
 ERASED = "no longer in the proportions"
 
@@ -285,3 +288,42 @@ def test_a_base_that_saves_more_than_torchs_optimizers(SAM):
     two_steps(resumed, params)
     assert resumed.base_optimizer.steps == 4 and resumed.param_groups[0]["lr"] == 1 / 4
     assert resumed.state is resumed.base_optimizer.state and len(resumed.state) == len(params)
+
+
+def test_a_group_that_lacks_a_key(SAM):
+    for key in ("rho", "gradnorm_scaling", "perturb"):
+        params = parameters()
+        opt, before = SAM(params, lr=0.1), weights(params)
+        opt.param_groups.append(opt.param_groups[0] | {"params": [nn.Parameter(torch.ones(3))]})
+        del opt.param_groups[1][key]
+        set_gradients(params)
+        with pytest.raises(KeyError, match=rf"a parameter group has no '{key}': add groups with add_param_group\(\)"):
+            opt.first_step()
+        assert equal(params, before)
+
+
+@pytest.mark.parametrize("factors", [{"rho": math.nan}, {"rho": -1.0}, {"gradnorm_scaling": 0.0}], ids=str)
+def test_factors_that_a_schedule_has_spoilt(SAM, factors):
+    params = parameters()
+    opt, before = SAM(params, lr=0.1), weights(params)
+    opt.param_groups[0].update(factors)
+    set_gradients(params)
+    with pytest.raises(ValueError, match="rho must be finite and >= 0"):
+        opt.first_step()
+    assert equal(params, before)
+
+
+def test_a_scheduler_of_the_base_optimizer_keeps_the_kernel():
+    """Other packages advise it. The scheduler replaces base.step() to see whether it is called."""
+    params = parameters()
+    opt = mup2.SAM(params, lr=0.4, backend="compiled")
+    scheduler = lr_scheduler.ExponentialLR(opt.base_optimizer, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two_steps(opt, params)
+        scheduler.step()
+    assert kernel_of(opt.base_optimizer) == "sgd" and opt.param_groups[0]["lr"] == 0.2
+    step, calls = opt.base_optimizer.step, []
+    opt.base_optimizer.step = functools.wraps(step)(lambda: calls.append(step()))
+    two_steps(opt, params)
+    assert len(calls) == 1
