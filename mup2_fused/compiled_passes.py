@@ -70,8 +70,8 @@ def kernel_of(base: torch.optim.Optimizer) -> str | None:
     None for others, or if step() has hooks or is replaced, but for schedulers that only note its calls.
     """
     replaced = vars(base).get("step")
-    noted = hasattr(replaced, "_wrapped_by_lr_sched") and getattr(replaced, "__wrapped__", None) is type(base).step
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or (replaced and not noted):
+    noted = not replaced or (hasattr(replaced, "_wrapped_by_lr_sched") and replaced.__wrapped__ is type(base).step)
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or not noted:
         return None
     return KERNELS.get(type(base))
 
