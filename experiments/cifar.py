@@ -117,11 +117,13 @@ class Recorder(pickle._Unpickler):  # not the one in C, which allocates as much 
 def parse_python(content: bytes, where: str, kind: Cifar) -> Arrays:
     with reading(where, "it is damaged, download it again"):
         batch = Recorder(io.BytesIO(content), encoding="latin-1").load()
+        batch = {key if isinstance(key, str) else key.decode("latin-1"): value for key, value in batch.items()}
         array, labels = batch["data"], batch[kind.labels]
         _, (count, size), dtype, by_columns, pixels = array.state
         if array.function not in RECONSTRUCT or (dtype.function, dtype.arguments[0]) != ("numpy dtype", "u1"):
             raise ValueError("the images are not an array of bytes")
-        x = np.frombuffer(pixels.encode("latin-1"), np.uint8).reshape(count, size, order="F" if by_columns else "C")
+        pixels = pixels.encode("latin-1") if isinstance(pixels, str) else pixels  # python 2 wrote text
+        x = np.frombuffer(pixels, np.uint8).reshape(count, size, order="F" if by_columns else "C")
         y = np.array([*map(operator.index, labels)])
         return checked(x, y, where, kind)
 

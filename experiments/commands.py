@@ -1,9 +1,11 @@
 """What the commands of this folder share: how they end, their worker processes, and the files that they write and read.
 
-A command ends with status 0; with 2 and one line where its user has to do something; with 130 after Ctrl-C or SIGTERM.
+A command ends with status 0; with 1 if what it measured is not as it should be; with 2 and one line where its user has
+to do something; with 130 after Ctrl-C or SIGTERM.
 """
 
 import argparse
+import errno
 import fcntl
 import functools
 import json
@@ -140,9 +142,11 @@ def reading(where: str | Path, advice: str) -> Iterator[None]:
     """Whatever goes wrong when a file is read in this block becomes a DataError that says where, and what to do."""
     try:
         yield
-    except (DataError, SettingsError):
+    except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # json, zipfile, torch, Pillow and Optuna have exceptions of their own
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EMFILE, errno.ENFILE):  # the file may be good
+            raise DataError(f"cannot read {where}: {error.strerror}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"cannot read {where} ({reason}): {advice}") from error
 

@@ -11,6 +11,8 @@ class Plan:
         variant: str,
         reduce: Callable[[Tensor, list[int]], None] | None,
         backups: list[tuple[Tensor, Tensor]],
+        state: dict[Tensor, Any] | None,
+        moment: str,
         /,
     ) -> bool: ...
     def descend(

@@ -62,6 +62,24 @@ def make_base(base: Callable[..., Any], groups: list[dict[str, Any]], kwargs: di
     return made
 
 
+def first_moment(ascent: str, interval: int, base: torch.optim.Optimizer) -> str:
+    """The key of the base optimizer's first moment if SAM is to climb against it, and "" if it climbs along gradients.
+
+    ValueError for an unknown way to climb, an interval that is no positive integer, and a base without a moment.
+    """
+    if not (isinstance(interval, int) and interval >= 1):
+        raise ValueError(f"interval counts steps from one SAM step to the next: it is 1 or more, not {interval!r}")
+    if known(ascent, ("gradient", "momentum")) == "gradient":
+        return ""
+    if interval > 1:
+        raise ValueError("ascent='momentum' takes one pass in every step already: leave out interval")
+    if isinstance(base, (torch.optim.Adam, torch.optim.AdamW)):
+        return "exp_avg"
+    if isinstance(base, torch.optim.SGD) and all(group["momentum"] for group in base.param_groups):
+        return "momentum_buffer"
+    raise ValueError(f"ascent='momentum' needs SGD with momentum, Adam or AdamW, not {type(base).__name__}")
+
+
 def check_factors(group: dict[str, Any]) -> None:
     """KeyError if the group lacks one of SAM's keys; ValueError if a factor is out of range."""
     for key in ("rho", "gradnorm_scaling", "perturb"):
@@ -90,12 +108,3 @@ def variant_of(groups: list[dict[str, Any]], variant: str | None) -> str:
             "give exponents() and SAM() the same variant"
         )
     return known((found or {"sam"}).pop(), VARIANTS)
-
-
-def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state without the copies of all weights that davda54/sam keeps there. A base would not begin its own state
-    beside them."""
-    return {
-        key: {name: value for name, value in entry.items() if name != "old_p"} if isinstance(entry, dict) else entry
-        for key, entry in state.items()
-    }

@@ -25,8 +25,9 @@ def capture(
     change in place; rho, momentum and the other settings are fixed from here on. Load checkpoints and make schedulers
     before.
 
-    step runs warmup times and once more to be captured. What these runs do to weights, buffers, state, skipped_steps
-    and random numbers is undone, also if one fails. Nothing else is undone, such as the scale of a GradScaler.
+    step runs warmup times and once more to be captured, twice if the optimizer has an interval: a graph for SAM steps,
+    and one for steps without SAM. What these runs do to weights, buffers, state, skipped_steps and random numbers is
+    undone, also if one fails. Nothing else is undone, such as the scale of a GradScaler.
     TypeError if the optimizer has no compiled passes. ValueError if its base is not SGD, Adam or AdamW, or inputs are
     not on a GPU. RuntimeError between the passes.
     """
@@ -34,16 +35,20 @@ def capture(
     static = [x.clone() for x in inputs]
     device = static[0].device
     stream = torch.cuda.Stream(device)  # capturing needs a stream of its own, on which memory was allocated before
-    graph = torch.cuda.CUDAGraph()
+    graphs = []  # (graph, what step returned): of a SAM step, and of a step without SAM if there is an interval
     with undone(model, optimizer, device):
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(warmup):
-                step(*static)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        optimizer.zero_grad()  # so that gradients lie in the graph's own memory
-        with torch.cuda.graph(graph, stream=stream):
-            outputs = step(*static)
+        for steps in range(min(optimizer.interval, 2)):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(warmup):
+                    optimizer.phase.steps = steps
+                    step(*static)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            optimizer.zero_grad()  # so that gradients lie in the graph's own memory
+            optimizer.phase.steps = steps
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                graphs.append((graph, step(*static)))
 
     lrs = [group["lr"] for group in optimizer.param_groups]
     passes: Any = optimizer.passes
@@ -58,7 +63,9 @@ def capture(
             raise RuntimeError("learning rates have been replaced, by load_state_dict() or by hand: capture again")
         for target, x in zip(static, inputs):
             target.copy_(x, non_blocking=True)
+        graph, outputs = graphs[0 if optimizer.climbs else 1]
         graph.replay()
+        optimizer.phase.steps += 1
         return outputs
 
     return replay
@@ -71,6 +78,7 @@ def undone(model: nn.Module, optimizer: SAM, device: torch.device) -> Iterator[N
     Weights, buffers, state, skipped_steps and random numbers are afterwards what they were before. Addresses stay.
     """
     lrs, skipped = [group["lr"] for group in optimizer.param_groups], optimizer.skipped_steps
+    steps = optimizer.phase.steps
     before = [(t, t.detach().clone()) for t in chain(model.parameters(), model.buffers())]
     state = {(p, key): value.clone() for p, key, value in state_of(optimizer)}
     generator = torch.cuda.get_rng_state(device)
@@ -90,7 +98,7 @@ def undone(model: nn.Module, optimizer: SAM, device: torch.device) -> Iterator[N
                 t.copy_(value)
             for p, key, value in state_of(optimizer):
                 value.copy_(state[p, key]) if (p, key) in state else value.zero_()
-        optimizer.skipped_steps = skipped
+        optimizer.skipped_steps, optimizer.phase.steps = skipped, steps
         torch.cuda.set_rng_state(generator, device)
 
 

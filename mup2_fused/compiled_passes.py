@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mup2_fused import torch_passes
 from mup2_fused.sharded import Groups, Meshes, is_spread, place_gradients
-from mup2_fused.torch_passes import Passes, Phase
+from mup2_fused.torch_passes import Moments, Passes, Phase
 from mup2_ref import known
 
 try:
@@ -67,11 +67,11 @@ def obstacle(groups: Groups) -> str:
 def kernel_of(base: torch.optim.Optimizer) -> str | None:
     """The kernel that does what base.step() does: "sgd", "adam" or "adamw".
 
-    None for others, or if step() has hooks or is replaced, but for schedulers that only note its calls.
+    None for others, or if step() has hooks or is replaced.
     """
-    replaced = vars(base).get("step")
-    noted = not replaced or (hasattr(replaced, "_wrapped_by_lr_sched") and replaced.__wrapped__ is type(base).step)
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or not noted:
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return None
+    if "step" in vars(base) and torch_passes.has_own_step(base):
         return None
     return KERNELS.get(type(base))
 
@@ -91,23 +91,28 @@ class CompiledPasses:
         self.backups: list[tuple[Tensor, Tensor]] = []  # not in the plan: the garbage collector cannot look inside it
         self.meshes = Meshes(groups)
 
-    def climb(self, phase: Phase, groups: Groups, variant: str, process_group: Any = None) -> None:
+    def climb(
+        self, phase: Phase, groups: Groups, variant: str, process_group: Any = None, moments: Moments = None
+    ) -> None:
         """As torch_passes.climb. Whether the gradient is finite stays on the device."""
         reduce, phase.finite = None, None
-        if self.meshes or process_group is not None:
+        if groups and (self.meshes or process_group is not None):
             place_gradients(groups)
-            perturbed = [p for p, _ in torch_passes.climbing(groups)]
+            perturbed = [p for p, _, _ in torch_passes.climbing(groups, moments)]
             reduce = partial(self.meshes.reduce, perturbed, process_group)
-            if not any(p.numel() for p in perturbed):  # no kernel would call reduce, and other processes wait for it
-                return torch_passes.climb(phase, groups, variant, process_group)
+            # No kernel would call reduce, and other processes may wait for it. All have moments, or none.
+            if not any(p.numel() for p in perturbed) and not moments:
+                return torch_passes.climb(phase, groups, variant, process_group, moments)
+        backups = self.backups if groups else []  # the backups' memory is kept for the next climb
+        state, moment = moments or (None, "")
         try:
-            done = self.plan.climb(groups, phase, variant, reduce, self.backups)
+            done = self.plan.climb(groups, phase, variant, reduce, backups, state, moment)
         except BaseException:
             self.restore(phase)
             raise
         if not done:
             self.backups = []
-            torch_passes.climb(phase, groups, variant, process_group)
+            torch_passes.climb(phase, groups, variant, process_group, moments)
 
     def restore(self, phase: Phase) -> None:
         """As torch_passes.restore."""
@@ -134,7 +139,8 @@ class CompiledPasses:
             create = partial(create_state, base.state)
             options = (create, grad_scale, found_inf, skip_nonfinite, share)
             if self.plan.descend(groups, base.state, phase, kernel, *options):
-                base._opt_called = True  # type: ignore[attr-defined]  # as a scheduler of the base would note
+                if "step" in vars(base):
+                    torch_passes.note_step(base)
                 return
         self.restore(phase)
         phase.finite = self.finite(phase)

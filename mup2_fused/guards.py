@@ -6,41 +6,49 @@ import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
 from torch import Tensor
 
 from mup2_fused.sharded import Groups
 
-optimizers: WeakValueDictionary[int, Any] = WeakValueDictionary()  # every SAM of this process
+optimizers: dict[int, ref[Any]] = {}  # every SAM of this process, by its id
 
 
 class Guard:
     """What SAM remembers to notice such mistakes. Every warning is given once for each optimizer."""
 
     def __init__(self, optimizer: Any) -> None:
-        optimizers[id(optimizer)] = optimizer
-        self.rates: list[float | None] = []  # of the groups that param_groups() made, as they came
+        key = id(optimizer)
+        optimizers[key] = ref(optimizer, lambda _: optimizers.pop(key, None))
+        self.rates: dict[
+            int, float
+        ] = {}  # of groups from param_groups(), as they came, by the id of their first parameter
         self.latest_rate: Any = None  # of the first group, at the latest look
         self.gradients: list[tuple[Any, Any, int]] = []  # (parameter, reference to its first gradient, version)
+        self.kept: list[tuple[Any, Tensor]] = []  # gradients of a step without SAM, which were set to None
         self.looks_left = 3  # at gradients
         self.warned: set[str] = set()
         self.add(optimizer.param_groups)
 
     def add(self, groups: Groups) -> None:
         """Remember the learning rates of groups that have come to the optimizer."""
-        rates = [group.get("lr") if "role" in group else None for group in groups]
-        self.rates += [rate if rate and is_number(rate) else None for rate in rates]
+        made = [group for group in groups if "role" in group and group["params"] and group.get("lr")]
+        self.rates |= {id(group["params"][0]): group["lr"] for group in made if is_number(group["lr"])}
 
     def before_climb(self, optimizer: Any) -> None:
-        """RuntimeError if another SAM has perturbed some of these weights, and would restore what it saw."""
+        """RuntimeError if another SAM has perturbed some of these weights: this one would take its w + e for w."""
         if len(optimizers) == 1:
             return
-        others = [other() for other in optimizers.valuerefs()]
-        backups = [b for other in others if other not in (None, optimizer) for b in other.phase.backups or ()]
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]} if backups else set()
-        if any(id(p) in mine for p, _ in backups):
-            raise RuntimeError("another SAM has perturbed these weights: call its second_step() or restore() first")
+        others: list[Any] = [other() for other in list(optimizers.values())]
+        others = [other for other in others if other not in (None, optimizer) and other.phase.backups]
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]} if others else set()
+        for other in others:
+            if any(id(p) in mine for p, _ in other.phase.backups or ()) and other.passes.finite(other.phase):
+                raise RuntimeError(
+                    "another SAM has perturbed these weights: call its second_step() or restore() first, or delete it "
+                    "if you have loaded other weights since"
+                )
 
     def after_climb(self, groups: Groups) -> None:
         """Remember the first and the last gradient, in some steps: a loop that adds to them does so in every step."""
@@ -49,10 +57,20 @@ class Guard:
         self.looks_left -= 1
         params = [group["params"] for group in groups]
         ends = with_gradient(p for ps in params for p in ps), with_gradient(p for ps in params[::-1] for p in ps[::-1])
-        self.gradients = [(p, ref(p.grad), p.grad._version) for p in ends if p is not None]
+        counted = [p for p in ends if p is not None and not p.grad.is_inference()]  # torch counts its changes
+        self.gradients = [(p, ref(p.grad), p.grad._version) for p in counted]
+
+    def keep_gradients(self, groups: Groups) -> None:
+        """Keep gradients that are about to be set to None: no second pass may come that would make new ones."""
+        self.kept = [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
 
     def before_update(self, groups: Groups) -> None:
         """Warnings about gradients and learning rates. The usual case takes a fraction of a microsecond."""
+        if self.kept:
+            if all(p.grad is None for p, _ in self.kept):
+                for p, g in self.kept:
+                    p.grad = g
+            self.kept = []
         if self.gradients:
             self.compare_gradients()
         if groups[0].get("lr") is not self.latest_rate:
@@ -60,25 +78,26 @@ class Guard:
 
     def compare_gradients(self) -> None:
         """Warn if the first gradients have been added to."""
-        # Adding changes a tensor once. Setting it to zero before changes it twice, and setting it to None replaces it.
+        # Adding changes a tensor once. With zeros before, it changes twice. With None before, the tensor is a new one.
         now = [(p.grad, g(), version) for p, g, version in self.gradients]
         if now and all(g is first and g is not None and g._version == version + 1 for g, first, version in now):
             self.warn(
                 "the second pass seems to have added its gradient to the first one: call opt.zero_grad() at the start "
-                "of the closure, or first_step(zero_grad=True)"
+                "of the closure, or first_step(zero_grad=True). Ignore this if your loop overwrites gradients in place"
             )
         self.gradients = []
 
     def compare_rates(self, groups: Groups) -> None:
         """Warn if the learning rates are no longer proportional to what they were."""
         self.latest_rate = groups[0].get("lr")
-        rates = [(group["lr"], before) for group, before in zip(groups, self.rates) if before]
-        factors = [now / before for now, before in rates if is_number(now)]
+        rates = [(group["lr"], self.rates.get(id(group["params"][0])) if group["params"] else None) for group in groups]
+        factors = [now / before for now, before in rates if before and now and is_number(now)]
         if factors and max(factors) > 1e-6 and min(factors) < 0.99 * max(factors):  # tiny rates are rounded
             self.warn(
                 "the learning rates of the groups are no longer in the proportions that param_groups() gave them. "
                 "Schedulers with absolute rates cause this: give OneCycleLR, CyclicLR and SWALR one rate per group, "
-                "such as max_lr=[group['lr'] for group in opt.param_groups], and leave eta_min and min_lr at 0"
+                "such as max_lr=[group['lr'] for group in opt.param_groups], leave eta_min and min_lr at 0, and give "
+                "ReduceLROnPlateau eps=0. Ignore this if you changed the rates on purpose"
             )
 
     def warn(self, text: str) -> None:

@@ -22,8 +22,8 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LORA = re.compile(r"\blora_(embedding_)?[AB]\b")  # names that peft and loralib give
 # Usual names of vectors that are added to activations or scale them, and of modules that do so.
 ELEMENTWISE = re.compile(
-    r"bias|gain|gamma|beta|scal|alpha|lambda_?\d|norm|magnitude|token|cls|class|mask|emb|pos|quer|prompt|probe|latent|"
-    r"register|sink|shift|slope|temp|mix|time|decay|dt|a_log|init|state|newline|sep|pad|bos|eos|begin|end$|residual|"
+    r"bias|gain|gamma|beta|scal|alpha|lambda_?\d|norm|magnitude|token|cls|class_?(emb|tok)|mask|emb|pos|prompt|latent|"
+    r"register|sink|shift|slope|temp|mix|time|decay|^dt|a_log|init|state|newline|sep|pad|bos|eos|begin|end$|residual|"
     r"gate|^[bd]\d?$|^ls"
 )
 ELEMENTWISE_MODULE = re.compile("norm|scale|affine|grn|bias|embed|prelu")
@@ -69,7 +69,8 @@ def of_matrix_module(module: nn.Module, name: str, shape: Sequence[int]) -> Layo
         return ("out",) if "bias" in local and (isinstance(module, MATRIX_MODULES) or conv1d or router) else None
     if isinstance(module, nn.modules.conv._ConvNd) and n > 2:
         return ("in", "out", *["in"] * (n - 2)) if module.transposed else ("out", *["in"] * (n - 1))
-    if n == 2 and (isinstance(module, MATRIX_MODULES) or LORA.search(name)):
+    of_lora = "lora_embedding_" in name or any(k.__module__.startswith("loralib") for k in kind.__mro__)
+    if n == 2 and (isinstance(module, MATRIX_MODULES) or (of_lora and LORA.search(name))):
         return "out", "in"
     if n == 2 and local == "weight" and conv1d and isinstance(bias, Tensor) and bias.shape == shape[1:]:
         return "in", "out"

@@ -29,8 +29,11 @@ def frozen_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, before in saved:
-                once = tuple(slice(None if stride else 1) for stride in buffer.stride())  # an expanded buffer
-                buffer[once].copy_(before[once])
+                target, source = buffer, before
+                if buffer.layout == torch.strided:
+                    once = tuple(slice(None if stride else 1) for stride in buffer.stride())  # of an expanded buffer
+                    target, source = buffer[once], before[once]
+                target.copy_(source)
                 module._buffers[name] = buffer  # some modules assign a new tensor instead of changing this one
 
 
@@ -76,20 +79,27 @@ def accumulate(
 
 def train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     batches: Batches,
     *,
     loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     scheduler: Any = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
+    ascent_samples: int | None = None,
 ) -> Tensor:
-    """One epoch; returns the mean over batches of the loss at w, a scalar on the device. ValueError without batches.
+    """One epoch; returns the mean over batches of each step's first loss, a scalar on the device.
 
-    optimizer: any torch optimizer. This package's SAM and mup2_ref.SAM get two passes for each batch.
+    optimizer: any torch optimizer. This package's SAM and mup2_ref.SAM get the passes that they need for each batch.
     batches: (inputs, targets). scheduler: steps after every batch. autocast: context for the forward passes, such as
     partial(torch.autocast, "cuda", torch.bfloat16). scaler: of the loss, for float16; with this package's SAM only.
+    ascent_samples: this package's SAM takes the first pass over so many samples of each batch. The model's buffers,
+    such as batch norm statistics, then come from the second pass, which takes all of them.
+    ValueError without batches, and where ascent_samples has no first pass.
     """
+    sam = hasattr(optimizer, "climbs")
+    if ascent_samples is not None and (ascent_samples < 1 or not sam or optimizer.moments):
+        raise ValueError("ascent_samples is 1 or more, and takes this package's SAM with ascent='gradient'")
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
@@ -97,19 +107,21 @@ def train_epoch(
     for x, y in batches:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
-        def backward() -> Tensor:
+        def backward(samples: int | None = None) -> Tensor:
             optimizer.zero_grad()
             with autocast():
-                loss = loss_function(model(x), y)
+                loss = loss_function(model(x[:samples]), y[:samples])
             scaler.scale(loss).backward()
             return loss.detach()
+
+        def ascent() -> Tensor:
+            with frozen_buffers(model) if ascent_samples else nullcontext():
+                return backward(ascent_samples)
 
         if isinstance(optimizer, mup2_ref.SAM):
             losses.append(optimizer.step(backward))
         else:
-            losses.append(backward())
-            if hasattr(optimizer, "first_step"):
-                second_pass(optimizer, backward)
+            losses.append(passes(optimizer, backward, ascent) if sam else backward())
             scaler.step(optimizer)
         scaler.update()
         if scheduler is not None:
@@ -119,11 +131,19 @@ def train_epoch(
     return torch.stack(losses).mean()
 
 
-def second_pass(optimizer: Any, backward: Callable[[], Any]) -> None:
-    """Climb, and call backward at w + e. The weights are at w again if that fails."""
-    optimizer.first_step()
+def passes(optimizer: Any, backward: Callable[[], Any], ascent: Callable[[], Any]) -> Any:
+    """The passes of one step, without its update; returns the first loss. The weights are at w again if one fails.
+
+    backward: a pass over the batch. ascent: the pass before SAM climbs.
+    """
     try:
-        backward()
+        if optimizer.moments:
+            optimizer.first_step()
+            return backward()
+        loss = ascent() if optimizer.climbs else backward()
+        if optimizer.first_step():
+            backward()
+        return loss
     except BaseException:
         optimizer.restore()
         raise

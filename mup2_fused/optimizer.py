@@ -17,14 +17,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled
 
 from mup2_fused import torch_passes
-from mup2_fused.arguments import check_arguments, check_base, check_factors, make_base, variant_of, without_old_weights
+from mup2_fused.arguments import check_arguments, check_base, check_factors, first_moment, make_base, variant_of
 from mup2_fused.compiled_passes import passes_for, passes_with
 from mup2_fused.guards import Guard
 from mup2_fused.loops import random_states
+from mup2_fused.saving import Saving
 from mup2_fused.torch_passes import Phase
 
 
-class SAM(torch.optim.Optimizer):
+class SAM(Saving):
     """Sharpness-aware minimization around a torch optimizer, with muP² factors per parameter group.
 
     Groups may have rho, gradnorm_scaling (default 1) and perturb (default True), as param_groups() makes them
@@ -36,6 +37,10 @@ class SAM(torch.optim.Optimizer):
     the adaptive variants it is relative to the weights.
     variant: "sam" (T = 1), "elementwise" (|w|) or "layerwise" (||w||_F); by default the groups' own.
     base_optimizer: a class, or a function that makes an optimizer from groups, such as mup.MuSGD. It gets base_kwargs.
+    interval: every so many steps is a SAM step, and the others are the base optimizer's own. A longer interval needs a
+    larger rho.
+    ascent: "gradient", or "momentum": e = -rho_l T² v_l / norm, where v is the base optimizer's first moment and takes
+    the place of g in the norm (Becker et al. 2024). No first pass is needed then. In the first step e is 0.
     backend: "compiled" uses the kernels, "torch" torch's operations, "auto" the kernels where they can be used.
     skip_nonfinite: also skip updates whose second gradient is not finite; this check reads all gradients once more.
     same_randomness: step(closure) gives both passes the same random numbers, and so the same dropout masks.
@@ -57,6 +62,8 @@ class SAM(torch.optim.Optimizer):
         *,
         rho: float = 0.05,
         variant: str | None = None,
+        interval: int = 1,
+        ascent: str = "gradient",
         backend: str = "auto",
         skip_nonfinite: bool = False,
         same_randomness: bool = False,
@@ -68,12 +75,13 @@ class SAM(torch.optim.Optimizer):
             params = [dict(p) if isinstance(p, dict) else p for p in params]
         self.variant = variant_of([p for p in params if isinstance(p, dict)], variant)
         self.backend, self.skip_nonfinite, self.same_randomness = backend, skip_nonfinite, same_randomness
-        self.phase = Phase()
+        self.interval, self.ascent, self.phase = interval, ascent, Phase()
         defaults = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": self.variant}
         super().__init__(params, defaults)
         self.base_optimizer = make_base(base_optimizer, self.param_groups, base_kwargs)
         self.defaults = self.base_optimizer.defaults | defaults
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        self.moment = first_moment(ascent, interval, self.base_optimizer)
         self.passes = passes_for(self.param_groups, backend)
         self.guard = Guard(self)
 
@@ -91,8 +99,18 @@ class SAM(torch.optim.Optimizer):
                 del self.param_groups[groups:]
                 raise
             if passes is not self.passes:
-                self.phase, self.passes = self._settled(), passes
+                self.phase, self.passes = self.settled(), passes
             self.guard.add(self.param_groups[groups:])
+
+    @property
+    def climbs(self) -> bool:
+        """Whether the next step is a SAM step. It is not in the steps in between, if there is an interval."""
+        return self.phase.steps % self.interval == 0
+
+    @property
+    def moments(self) -> tuple[dict[Any, Any], str] | None:
+        """The base optimizer's state and the key of what SAM climbs against; None: it climbs along gradients."""
+        return (self.base_optimizer.state, self.moment) if self.moment else None
 
     @property
     def skipped_steps(self) -> int:
@@ -106,23 +124,30 @@ class SAM(torch.optim.Optimizer):
     # -- the two passes
 
     @uncompiled
-    def first_step(self, zero_grad: bool = False, process_group: Any = None) -> None:
-        """Climb: w <- w + e. RuntimeError if weights are perturbed already, by this or by another SAM, or if a gradient
-        is sparse or complex.
+    def first_step(self, zero_grad: bool = False, process_group: Any = None) -> bool:
+        """Climb: w <- w + e. Returns True, or False in steps without SAM, which change nothing and need no second pass.
 
+        RuntimeError if weights are perturbed already, by this or by another SAM, or if a gradient is sparse or complex.
+        With ascent="momentum", call this before the only backward pass.
         process_group: processes that climb by gradients of their own (m-sharpness), such as
         torch.distributed.group.WORLD. If the gradient is not finite in one of them, none climbs or updates, so that
         their weights stay equal.
         """
+        climbs = self.interval == 1 or self.climbs
+        self._climb(self.param_groups if climbs else [], process_group if climbs else None)
+        if zero_grad:
+            self.guard.keep_gradients([] if climbs else self.param_groups)
+            self.zero_grad()
+        return climbs
+
+    def _climb(self, groups: list[dict[str, Any]], process_group: Any) -> None:
         if "phase" not in vars(self):  # Lightning's wrapper is a subclass of SAM
             raise RuntimeError("this wraps the optimizer: call step(closure), or first_step() on the optimizer itself")
-        self._require_restored("the next first_step()")
+        self.require_restored("the next first_step()")
         self.guard.before_climb(self)
         self.phase.backups = None  # of a pass with a gradient that was not finite, to which no update came
-        self.passes.climb(self.phase, self.param_groups, self.variant, process_group)
-        self.guard.after_climb(self.param_groups)
-        if zero_grad:
-            self.zero_grad()
+        self.passes.climb(self.phase, groups, self.variant, process_group, self.moments)
+        self.guard.after_climb([] if self.moment else groups)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer step. RuntimeError without a first_step() before."""
@@ -140,9 +165,11 @@ class SAM(torch.optim.Optimizer):
         """Weights are at w + e inside, and at w again afterwards, also after an exception or Ctrl-C.
 
         Use it for passes that may fail, and to look at the loss at w + e. After the block, second_step() updates with
-        the last gradient. Restoring and updating are then two passes over memory, not one.
+        the last gradient. Restoring and updating are then two passes over memory, not one. It climbs in every step,
+        whatever the interval.
         """
-        self.first_step(process_group=process_group)
+        self._climb(self.param_groups, process_group)
+        self.guard.gradients = []  # the block may only look
         try:
             yield
         finally:
@@ -152,19 +179,23 @@ class SAM(torch.optim.Optimizer):
             self.phase.backups = []
 
     @uncompiled
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One SAM step. closure: zero_grad, forward, backward, return the loss. It runs twice; returns the first loss.
+    def step(self, closure: Callable[[], Any] | None = None, ascent_closure: Callable[[], Any] | None = None) -> Any:
+        """One step. closure: zero_grad, forward, backward, return the loss. Returns the first loss.
 
+        The closure runs at w and at w + e in a SAM step, only at w in a step without SAM (interval), and only at w + e
+        with ascent="momentum".
+
+        ascent_closure: replaces the closure at w in SAM steps, such as a pass over a part of the batch.
         Without closure this is second_step(). RuntimeError when weights are perturbed and a closure is given, or when
         they are not and no closure is given.
         """
         if closure is not None:
-            self._require_restored("step(closure)")
+            self.require_restored("step(closure)")
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         try:
             loss = None
             if closure is not None:
-                loss = self._run_twice(closure, found_inf)
+                loss = self._run(closure, ascent_closure, found_inf)
             elif self.phase.backups is None:
                 return torch_passes.make_state(self.base_optimizer)
             base = self.base_optimizer
@@ -172,78 +203,30 @@ class SAM(torch.optim.Optimizer):
                 base.__setstate__({"state": self.state, "param_groups": self.param_groups})
             self.guard.before_update(self.param_groups)
             self.passes.descend(self.phase, base, grad_scale, found_inf, self.skip_nonfinite)
+            self.phase.steps += 1
         except BaseException:
             self.restore()
-            self._forget_scale()
+            self.forget_scale()
             raise
         return loss
 
-    def _run_twice(self, closure: Callable[[], Any], found_inf: Tensor | None) -> Any:
-        """The closure at w and at w + e."""
+    def _run(self, closure: Callable[[], Any], ascent_closure: Any, found_inf: Tensor | None) -> Any:
+        """The passes of a step."""
         if found_inf is not None:
             raise RuntimeError("GradScaler cannot unscale in a closure: use first_step() and scaler.step(opt)")
         random = random_states(self.param_groups) if self.same_randomness else []
         with torch.enable_grad():
-            loss = closure()
-            self.first_step()
-            for set_state, state in random:
-                set_state(state)
-            closure()
+            if self.moment:
+                if ascent_closure:
+                    raise RuntimeError("ascent='momentum' needs no first pass: leave out ascent_closure")
+                self.first_step()
+                loss = closure()
+            else:
+                loss = (ascent_closure if ascent_closure and self.climbs else closure)()
+                if self.first_step():
+                    for set_state, state in random:
+                        set_state(state)
+                    closure()
         if self.phase.backups is None:
             raise RuntimeError("the closure called second_step() or restore(), which step(closure) does by itself")
         return loss
-
-    def _require_restored(self, before: str) -> None:
-        if self.phase.backups and self.passes.finite(self.phase):  # otherwise nothing was perturbed
-            self._forget_scale()
-            raise RuntimeError(f"weights are perturbed: call second_step() or restore() before {before}")
-
-    def _forget_scale(self) -> None:
-        """Delete grad_scale and found_inf, which GradScaler.step sets for a step and leaves behind if it fails."""
-        for name in ("grad_scale", "found_inf"):
-            vars(self).pop(name, None)
-
-    # -- one optimizer to the outside
-
-    def state_dict(self) -> dict[str, Any]:
-        """All groups and the base optimizer's state, never a backup. RuntimeError between the passes."""
-        self._require_restored("state_dict(), or a checkpoint would hold w + e")
-        torchs = type(self.base_optimizer).state_dict is torch.optim.Optimizer.state_dict  # others may save more
-        state = super().state_dict() if torchs else self.base_optimizer.state_dict()
-        for group in state["param_groups"]:
-            if group.get("capturable") or group.get("fused"):
-                continue
-            # the kernels keep "step" on the device, but torch without capturable expects it on the CPU
-            for i in group["params"]:
-                entry = state["state"].get(i, {})
-                if torch.is_tensor(entry.get("step")):
-                    state["state"][i] = entry | {"step": entry["step"].cpu()}
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of a SAM, or of a bare base optimizer: rho then stays. RuntimeError between the passes."""
-        self._require_restored("load_state_dict()")
-        saved = state_dict["param_groups"]
-        if len(saved) == len(self.param_groups):  # torch raises an error otherwise
-            variants = [{"variant": variant_of([group], self.variant)} for group in saved]
-            saved = [mine | theirs | variant for mine, theirs, variant in zip(self.param_groups, saved, variants)]
-        state_dict = state_dict | {"param_groups": saved, "state": without_old_weights(state_dict["state"])}
-        if type(self.base_optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
-            super().load_state_dict(state_dict)
-        else:
-            self.base_optimizer.load_state_dict(state_dict)
-        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
-
-    def _settled(self) -> Phase:
-        """The phase, with the kernels' finite flag and skip count read from the device. Waits for the GPU."""
-        return Phase(self.phase.backups, self.passes.finite(self.phase), self.skipped_steps)
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("base_optimizer", "variant", "backend", "skip_nonfinite", "same_randomness")
-        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"phase": self._settled()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        if "phase" in state:  # a copy; load_state_dict sets the state and the groups only
-            self.passes, self.guard = passes_for(self.param_groups, self.backend), Guard(self)

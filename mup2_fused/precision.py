@@ -35,18 +35,18 @@ def seen_perturbation(optimizer: SAM, dtype: torch.dtype | None = None) -> tuple
     weights, and use autocast to float16 or none at all.
     RuntimeError if there are no gradients or weights are perturbed already; TypeError for DTensors.
     """
-    perturbed = climbing(optimizer.param_groups)
-    if any(is_spread(p) for p, _ in perturbed):
+    perturbed = climbing(optimizer.param_groups, optimizer.moments)
+    if any(is_spread(p) for p, _, _ in perturbed):
         raise TypeError("seen_perturbation does not know DTensors: call it before the model is spread over processes")
     if not perturbed:
         raise RuntimeError("there are no gradients: call seen_perturbation after a backward pass at w")
-    before = [p.clone() for p, _ in perturbed]
-    norm = norm_of([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], optimizer.variant) + EPS
+    before = [p.clone() for p, _, _ in perturbed]
+    norm = norm_of([(p, g, group["gradnorm_scaling"]) for p, g, group in perturbed], optimizer.variant) + EPS
     sums = []  # for each tensor: <seen, seen>, <seen, intended>, <intended, intended>
     with optimizer.perturbed():
-        for (p, group), w in zip(perturbed, before):
-            coefficient = (signed_rho(group) / norm).to(p.device)
-            intended = normalizer(w.double(), optimizer.variant) ** 2 * p.grad.double() * coefficient
+        for (p, g, group), w in zip(perturbed, before):
+            coefficient = (signed_rho(group, optimizer.moments) / norm).to(p.device)
+            intended = normalizer(w.double(), optimizer.variant) ** 2 * g.double() * coefficient
             seen = p.to(dtype or p.dtype).double() - w.to(dtype or p.dtype).double()
             sums.append(torch.stack([(x * y).sum() for x, y in ((seen, seen), (seen, intended), (intended, intended))]))
     optimizer.restore()  # so that no update can follow

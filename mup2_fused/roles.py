@@ -76,7 +76,7 @@ def describe(model: nn.Module, base: nn.Module | None = None, roles: dict[str, s
     Raises ValueError for a role that cannot be told, and for models that differ in more than their width.
     """
     roles = roles or {}
-    _refuse_old_norms(model)
+    _refuse_old_norms(model, roles)
     base_shapes = _base_shapes(model, base)
     first_names: dict[Tensor, str] = {}
     found: dict[str, Weight] = {}
@@ -112,13 +112,14 @@ def tied(model: nn.Module) -> set[str]:
     return {several[0] for several in names.values() if len(several) > 1}
 
 
-def _refuse_old_norms(model: nn.Module) -> None:
-    """torch.nn.utils.weight_norm and spectral_norm leave no trace but a hook in layers that look like any other."""
+def _refuse_old_norms(model: nn.Module, roles: dict[str, str]) -> None:
+    """The old weight_norm and spectral_norm leave nothing but a hook. A user may give roles to their tensors."""
     for owner, module in model.named_modules():
         trainable = any(p.requires_grad for p in module.parameters(recurse=False))
         for hook in module._forward_pre_hooks.values() if trainable else ():
-            if old := {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}.get(type(hook)):
-                name = f"{owner}.{hook.name}".lstrip(".")
+            old = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}.get(type(hook))
+            name = f"{owner}.{getattr(hook, 'name', '')}".lstrip(".")
+            if old and not any(said.startswith(f"{name}_") for said in roles):
                 raise ValueError(
                     f"'{name}' is normalized by torch.nn.utils.{old}, so that muP's scales do not reach it. Call "
                     f"torch.nn.utils.remove_{old} in both models, and put a normalization layer behind this one."

@@ -16,6 +16,8 @@ from mup2_fused.arguments import check_factors
 from mup2_fused.sharded import Groups, in_any_process, is_spread, place_gradients, whole
 from mup2_ref import EPS, contribution, joint_norm, perturb_
 
+Moments = tuple[dict[Any, Any], str] | None  # the base optimizer's state, and the key of the first moment in it
+
 
 @dataclass(eq=False)
 class Phase:
@@ -27,12 +29,15 @@ class Phase:
     # Whether the gradient of the latest first_step() was finite. None: the kernels left the answer on the device.
     finite: bool | None = True
     skipped: int = 0  # updates that were skipped, without those that the kernels have counted
+    steps: int = 0  # finished steps, to count the interval between steps with SAM
 
 
 class Passes(Protocol):
     """What SAM calls. This module is one implementation, CompiledPasses the other."""
 
-    def climb(self, phase: Phase, groups: Groups, variant: str, process_group: Any = None) -> None: ...
+    def climb(
+        self, phase: Phase, groups: Groups, variant: str, process_group: Any = None, moments: Moments = None
+    ) -> None: ...
     def restore(self, phase: Phase) -> None: ...
     def descend(
         self,
@@ -47,41 +52,46 @@ class Passes(Protocol):
 
 
 @torch.no_grad()
-def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None) -> None:
-    """w <- w + e, unless the gradient is not finite in this process or in another one of process_group."""
+def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None, moments: Moments = None) -> None:
+    """w <- w + e, unless the gradient is not finite in this process or in another one of process_group.
+
+    moments: climb against the first moments instead of along the gradients. No group: nothing climbs.
+    """
     place_gradients(groups)
-    perturbed = climbing(groups)
-    for p, _ in perturbed:
-        refuse_sparse_and_complex(p)
-    norm = norm_of([(p, p.grad, group["gradnorm_scaling"]) for p, group in perturbed], variant)
+    perturbed = climbing(groups, moments)
+    for p, g, _ in perturbed:
+        refuse_sparse_and_complex(p, g)
+    norm = norm_of([(p, g, group["gradnorm_scaling"]) for p, g, group in perturbed], variant)
     broken = ~norm.isfinite()
     if process_group is not None:  # without gradients the norm is on the CPU, but NCCL takes tensors on the GPU only
         broken = in_any_process(broken.to(groups[0]["params"][0].device), process_group)
     phase.finite = not broken
-    phase.backups = [(p, p.detach().clone()) for p, _ in perturbed]
+    phase.backups = [(p, p.detach().clone()) for p, _, _ in perturbed]
     try:
-        for p, group in perturbed if phase.finite else ():
-            perturb_(p, p.grad, signed_rho(group) / (norm + EPS), variant)
+        for p, g, group in perturbed if phase.finite else ():
+            perturb_(p, g, signed_rho(group, moments) / (norm + EPS), variant)
     except BaseException:
         restore(phase)
         raise
 
 
-def climbing(groups: Groups) -> list[tuple[Any, dict[str, Any]]]:
-    """(parameter, its group) for everything that first_step() perturbs: it has a gradient, and perturb=True.
+def climbing(groups: Groups, moments: Moments = None) -> list[tuple[Any, Any, dict[str, Any]]]:
+    """(parameter, gradient or first moment, group) for all that first_step() perturbs: perturb=True, and there is one.
 
     KeyError for a group that lacks one of SAM's keys; ValueError for a rho that is negative or not finite.
     """
     for group in groups:
         check_factors(group)
-    return [(p, group) for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
+    params = [(p, group) for group in groups if group["perturb"] for p in group["params"]]
+    directions = [moments[0].get(p, {}).get(moments[1]) if moments else p.grad for p, _ in params]
+    return [(p, g, group) for (p, group), g in zip(params, directions) if g is not None]
 
 
-def refuse_sparse_and_complex(p: Tensor) -> None:
-    """RuntimeError if SAM cannot perturb p by its gradient."""
-    if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+def refuse_sparse_and_complex(p: Tensor, g: Tensor) -> None:
+    """RuntimeError if SAM cannot perturb p by its gradient g."""
+    if g.layout != torch.strided or g.is_complex():
         raise RuntimeError(
-            f"SAM cannot perturb by a {'complex' if p.grad.is_complex() else 'sparse'} gradient (shape "
+            f"SAM cannot perturb by a {'complex' if g.is_complex() else 'sparse'} gradient (shape "
             f"{tuple(p.shape)}): use sparse=False in embeddings, torch.view_as_real for complex weights, or "
             "perturb=False"
         )
@@ -95,9 +105,9 @@ def norm_of(triples: list[tuple[Any, Any, float]], variant: str) -> Tensor:
     return joint_norm(triples, variant)
 
 
-def signed_rho(group: dict[str, Any]) -> float:
-    """rho, or -rho with maximize=True, where climbing must lower the objective."""
-    return -group["rho"] if group.get("maximize") else group["rho"]
+def signed_rho(group: dict[str, Any], moments: Moments = None) -> float:
+    """rho, or -rho against moments, and with maximize=True, where climbing must lower the objective."""
+    return -group["rho"] if moments or group.get("maximize") else group["rho"]
 
 
 @torch.no_grad()
@@ -133,7 +143,7 @@ def descend(
 def update(base: torch.optim.Optimizer) -> None:
     """base.step() without the hooks for all optimizers, which torch has called around SAM's step already."""
     step: Any = type(base).step
-    if "step" in vars(base) or not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks):
+    if has_own_step(base) or not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks):
         base.step()
         return
     hooked = getattr(step, "hooked", False)
@@ -143,6 +153,18 @@ def update(base: torch.optim.Optimizer) -> None:
     (step.__wrapped__ if hooked else step)(*arguments[0], **arguments[1])
     for hook in base._optimizer_step_post_hooks.values():
         hook(base, *arguments)
+    note_step(base)
+
+
+def has_own_step(base: torch.optim.Optimizer) -> bool:
+    """Whether this object's step() is another one than its class's. Schedulers replace it, but only to note calls."""
+    step: Any = vars(base).get("step")
+    return bool(step) and not (hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(base).step)
+
+
+def note_step(base: Any) -> None:
+    """Tell schedulers of the base optimizer that it has made a step."""
+    base._opt_called = True
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ inline void drain(bool streaming) {
 #endif
 }
 
-// While this object lives, the processor computes with subnormal numbers, whatever torch.set_flush_denormal() says.
+// While this object lives, an x86 processor computes with subnormal numbers, whatever torch.set_flush_denormal() says.
 // widen() needs this for float16: a number below 2^-14 is subnormal in float32 until its exponent is right.
 class SubnormalNumbers {
  public:

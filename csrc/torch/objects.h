@@ -85,21 +85,12 @@ inline py::handle get(py::handle dict, py::handle key) {
   if (!found && PyErr_Occurred()) throw py::error_already_set();
   return found;
 }
-// group[key]. Raises KeyError if the key is absent.
-inline py::handle required(py::handle group, py::handle key) {
-  if (const py::handle found = get(group, key)) return found;
-  throw py::key_error("a parameter group has no " + std::string(py::repr(key)) +
-                      ": add groups with add_param_group(), which fills in what is missing");
-}
-// group[key] as a number. Raises KeyError if the key is absent, TypeError for what is no number.
-inline double required_number(py::handle group, py::handle key) {
-  const py::handle found = required(group, key);
-  const double value = PyFloat_AsDouble(found.ptr());
-  if (value != -1 || !PyErr_Occurred()) return value;
-  if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+// Whether a value is a number or can be made one, which is then stored.
+inline bool number(py::handle value, double& number) {
+  number = value ? PyFloat_AsDouble(value.ptr()) : 0;
+  const bool failed = !value || (number == -1 && PyErr_Occurred());
   PyErr_Clear();
-  throw py::type_error(std::string(py::str(key)) + " of a parameter group must be a number, not " +
-                       std::string(py::repr(found)));
+  return !failed;
 }
 inline bool is_true(py::handle h) {
   const int answer = h ? PyObject_IsTrue(h.ptr()) : 0;

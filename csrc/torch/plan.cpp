@@ -6,10 +6,11 @@
 namespace mup2 {
 
 bool Plan::climb(const py::list& groups, const py::object& phase, const std::string& variant,
-                 const py::object& reduce, const py::list& backups) {
+                 const py::object& reduce, const py::list& backups, const py::object& state,
+                 const py::str& moment) {
   const at::NoGradGuard no_grad;
   const Variant kind = variant_of(variant);
-  Climb climb(backups);
+  Climb climb(backups, state, moment);
   for (py::handle group : groups)
     if (!collect(group, !reduce.is_none(), climb)) return false;
   if (perturbed_.among(climb.changed)) return false;
@@ -26,25 +27,31 @@ bool Plan::climb(const py::list& groups, const py::object& phase, const std::str
 // Adds the parameters of a group. with_empty: those of which this process has an empty part take part in the norm too.
 bool Plan::collect(py::handle group, bool with_empty, Climb& climb) {
   if (!PyDict_Check(group.ptr())) return false;
-  const double rho = required_number(group, key::rho);
-  const double gradnorm_scaling = required_number(group, key::gradnorm_scaling);
-  const auto finite = [](double x) { return x >= 0 && x < HUGE_VAL; };
-  if (!finite(rho) || !finite(gradnorm_scaling) || !gradnorm_scaling) return false;  // torch_passes says what is wrong
-  climb.radii.push_back({is_true(get(group, key::maximize)) ? -rho : rho, gradnorm_scaling});
-  if (!is_true(required(group, key::perturb))) return true;
-  const int number = climb.radii.size() - 1;
-  for (py::handle parameter : required(group, key::params)) {
-    const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
-    if (!g.defined()) continue;
+  double rho, gradnorm_scaling;
+  const py::handle perturb = get(group, key::perturb), params = get(group, key::params);
+  const auto in_range = [](double x) { return x >= 0 && x < HUGE_VAL; };
+  if (!perturb || !params || !number(get(group, key::rho), rho) || !in_range(rho) ||
+      !number(get(group, key::gradnorm_scaling), gradnorm_scaling) || !in_range(gradnorm_scaling) || !gradnorm_scaling)
+    return false;  // torch_passes says what is wrong
+  const bool downhill = climb.moments || is_true(get(group, key::maximize));
+  climb.radii.push_back({downhill ? -rho : rho, gradnorm_scaling});
+  if (!is_true(perturb)) return true;
+  const int group_number = climb.radii.size() - 1;
+  for (py::handle parameter : params) {
+    const Tensor &p = unpack(parameter), &w = local(p);
+    const Tensor* direction = p.grad().defined() ? &local(p.grad()) : nullptr;
+    if (climb.moments && !find(climb.moments->find(parameter), climb.moment, direction)) return false;
+    if (!direction) continue;
+    const Tensor& g = *direction;
     if (!is_gradient(g, w)) return false;
     const int index = climb.n_backups++;
     const Tensor& backup = climb.backups.backup(index, parameter, w);
     climb.changed.push_back(&p);
     if (w.numel() == 0) {
-      if (with_empty) climb.entries.add_zero(w, g, number).index = index;
+      if (with_empty) climb.entries.add_zero(w, g, group_number).index = index;
       continue;
     }
-    climb.entries.add(w, number).index = index;
+    climb.entries.add(w, group_number).index = index;
     climb.entries.set(kG, g, false);
     climb.entries.place(kBackup, backup, true);
   }
@@ -133,8 +140,8 @@ bool Plan::collect(const Descent& d, std::vector<typename Method::Hyper>& hypers
   bool work = false;
   for (py::handle group : d.groups) {
     auto& hyper = hypers.emplace_back();
-    if (!PyDict_Check(group.ptr()) || !reader.read(group, hyper)) return false;
-    for (py::handle parameter : required(group, key::params)) {
+    if (!PyDict_Check(group.ptr()) || !reader.read(group, hyper) || !get(group, key::params)) return false;
+    for (py::handle parameter : get(group, key::params)) {
       const Tensor &p = unpack(parameter), &w = local(p), &g = local(p.grad());
       Update u = {parameter, {}, &p, &w, g.defined() ? &g : nullptr, nullptr, int(hypers.size()) - 1};
       if (taken < backups.size() && backups.parameter(taken).ptr() == parameter.ptr())

@@ -23,9 +23,9 @@ class Plan {
   // Returns false, and has changed nothing else, if the kernels cannot do it: tensors are sparse, complex or wrap
   // others, or parameters share memory. reduce(sums, rows), if not None, is called once per device. It adds to the
   // sums, in place, the sums of other processes; row k belongs to the perturbed parameter number rows[k].
-  // KeyError if a group lacks rho, gradnorm_scaling, perturb or params.
+  // state, if not None: climb against state[parameter][moment], where it exists, instead of along the gradients.
   bool climb(const py::list& groups, const py::object& phase, const std::string& variant, const py::object& reduce,
-             const py::list& backups);
+             const py::list& backups, const py::object& state, const py::str& moment);
 
   // Second pass: restores and updates at once, and sets phase.backups to None. Returns false, and has changed nothing,
   // if the kernels cannot do it. method: sgd, adam or adamw. create(parameter, keys) makes and returns missing state.
@@ -62,7 +62,13 @@ class Plan {
     std::vector<const Tensor*> changed;  // parameters
     Backups backups;
     size_t n_backups = 0;
-    explicit Climb(const py::list& last) : entries(py::len(last)), backups(last) { changed.reserve(py::len(last)); }
+    std::optional<States> moments;  // or none: gradients
+    py::handle moment;              // the key of the moments
+    Climb(const py::list& last, const py::object& state, const py::str& moment)
+        : entries(py::len(last)), backups(last), moment(moment) {
+      changed.reserve(py::len(last));
+      if (!state.is_none()) moments.emplace(state);
+    }
   };
   bool collect(py::handle group, bool with_empty, Climb& climb);
   void run(Climb& climb, Variant variant, const py::object& reduce);

@@ -74,9 +74,10 @@ def closure_of(model: nn.Module, loss: Loss, opt: SAM) -> Callable[[], Tensor]:
 
 
 def norm_shares(params: dict[str, nn.Parameter], opt: SAM) -> dict[str, float]:
-    """The part of every perturbed parameter in the joint norm of the gradients that it has now."""
+    """The part of every perturbed parameter in the joint norm of what it climbs along now."""
     names = {p: name for name, p in params.items()}
-    parts = {names[p]: (p, p.grad, group["gradnorm_scaling"]) for p, group in climbing(opt.param_groups) if p in names}
+    perturbed = climbing(opt.param_groups, opt.moments)
+    parts = {names[p]: (p, g, group["gradnorm_scaling"]) for p, g, group in perturbed if p in names}
     norm = joint_norm(list(parts.values()), opt.variant)
     return {name: (contribution(*part, opt.variant) / norm).item() for name, part in parts.items()}
 

@@ -71,6 +71,33 @@ def test_training_page():
     assert len(mup2.report(names["groups"]).splitlines()) == 4
 
 
+def test_cheaper_steps():
+    """Each block trains, with as many passes as the page says."""
+    names, passes = usage(), []
+    names["model"].register_forward_hook(lambda module, args, out: passes.append(len(out)))
+    x, y = DATA[0]
+
+    def closure():
+        names["opt"].zero_grad()
+        loss = names["loss_function"](names["model"](x), y)
+        loss.backward()
+        return loss
+
+    names["closure"] = closure
+    interval, loop, part, momentum, momentum_loop = blocks("docs/cheaper-sam.md")
+    for code, expected in (
+        (interval + loop, [8, 8, 8]),  # of the two steps, the first one is a SAM step
+        ("opt = mup2.SAM(groups)\n" + part.replace("samples=16", "samples=2"), [2, 8, 2, 8]),
+        (momentum, [8]),
+        (momentum_loop, [8, 8]),
+    ):
+        before = weights(names["model"])
+        exec(code, names)
+        assert_changed(names["model"], before)
+        assert passes == expected, code
+        passes.clear()
+
+
 def test_table_of_scalings():
     """Every call of exponents() that docs/training.md names gives other factors, but for muP²'s own numbers."""
     calls = re.findall(r"`(exponents\(.*?\))`", (ROOT / "docs" / "training.md").read_text())
@@ -257,6 +284,7 @@ def test_every_page_with_code_is_run():
     assert {page: n for page, n in pages.items() if n} == {
         "README.md": 1,
         "docs/training.md": 13,
+        "docs/cheaper-sam.md": 5,
         "docs/frameworks.md": 5,
         "docs/networks.md": 2,
         "docs/mup-package.md": 2,

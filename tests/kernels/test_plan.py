@@ -21,8 +21,9 @@ class Optimizer:
         self.base = base([dict(params=params, rho=0.5, gradnorm_scaling=2.0, perturb=True)], lr=0.1, **options)
         self.phase, self.plan, self.backups = SimpleNamespace(backups=None), _C.Plan(), []
 
-    def climb(self, variant="sam", reduce=None):
-        return self.plan.climb(self.base.param_groups, self.phase, variant, reduce, self.backups)
+    def climb(self, variant="sam", reduce=None, moment=""):
+        groups, state = self.base.param_groups, self.base.state if moment else None
+        return self.plan.climb(groups, self.phase, variant, reduce, self.backups, state, moment)
 
     def descend(self, method="sgd", grad_scale=None, found_inf=None, skip_nonfinite=False, share=None):
         options = (method, self.create, grad_scale, found_inf, skip_nonfinite, share)
@@ -56,6 +57,21 @@ def test_climb_and_descend(device, variant):
     assert o.descend() and o.phase.backups is None and o.plan.finite() and o.plan.skipped() == 0
     torch.testing.assert_close([p.detach() for p in o.params], [w - 0.1 * p.grad for w, p in zip(before, o.params)])
     assert all(torch.equal(o.base.state[p]["momentum_buffer"], p.grad) for p in o.params)
+
+
+def test_climbing_against_moments(device):
+    """Where there are some, and whatever the gradients are."""
+    o = Optimizer(torch.optim.SGD, parameters(device), momentum=0.9)
+    before, moments = clones(o.params), [torch.randn_like(p) for p in o.params[1:]]
+    for p, moment in zip(o.params[1:], moments):
+        o.base.state[p]["momentum_buffer"], p.grad = moment, None
+    assert o.climb(moment="momentum_buffer") and [p for p, _ in o.phase.backups] == o.params[1:]
+    joint = mup2_ref.joint_norm([(w, m, 2.0) for w, m in zip(before[1:], moments)], "sam")
+    expected = [before[0], *(w - 0.5 / joint.to(w) * m for w, m in zip(before[1:], moments))]
+    torch.testing.assert_close([p.detach() for p in o.params], expected)
+    o.base.state[o.params[1]]["momentum_buffer"] = moments[0].to_sparse()
+    o.plan.restore(o.phase.backups)
+    assert equal(o.params, before) and not o.climb(moment="momentum_buffer") and equal(o.params, before)
 
 
 def test_a_gradient_that_is_not_finite(device):
@@ -147,7 +163,7 @@ def test_a_parameter_that_changes_between_the_steps(change):
 
 def test_what_no_dictionary_and_no_pair_is():
     o = Optimizer(torch.optim.SGD, parameters("cpu"), momentum=0.9)
-    assert not o.plan.climb([UserDict(o.base.param_groups[0])], o.phase, "sam", None, [])
+    assert not o.plan.climb([UserDict(o.base.param_groups[0])], o.phase, "sam", None, [], None, "")
     assert o.climb()
     o.base.state[o.params[0]] = UserDict()
     assert not o.descend()

@@ -24,7 +24,7 @@ def same_everywhere(tensors):
 
 
 def check_synchronized(SAM, **ddp):
-    """Averaged gradients in both passes: one process on the joined batch, in float64."""
+    """Averaged gradients in all passes: one process on the joined batch, in float64."""
     torch.manual_seed(0)
     alone = MLP(5, 16, 3).double()
     model = DistributedDataParallel(copy.deepcopy(alone), **ddp)
@@ -122,6 +122,8 @@ def check_data_parallel(backend):
     SAM = partial(mup2.SAM, backend=backend)
     for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
         check_synchronized(SAM, **ddp)
+    for way in (dict(interval=3), dict(ascent="momentum")):
+        check_synchronized(partial(SAM, **way))
     check_m_sharpness(SAM)
     check_not_finite_in_one(SAM)
     check_no_gradient_in_one(SAM)

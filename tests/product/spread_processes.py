@@ -141,6 +141,22 @@ def check_steps(SAM, how, base, variant):
             torch.testing.assert_close(whole(value), b.state[q][key], rtol=1e-9, atol=1e-12)
 
 
+def check_cheaper_steps(SAM):
+    """An interval, climbing against the momentum, and climbing by a part of each process's batch."""
+    for kwargs in (dict(interval=3), dict(ascent="momentum"), dict(ascent="momentum", base=torch.optim.AdamW)):
+        model, alone, a, b, batches, mine = pair(SAM, **kwargs)
+        train(model, a, batches, mine, range(5))
+        train(alone, b, batches, slice(None), range(5))
+        assert_close(map(whole, model.parameters()), alone.parameters())
+    model, alone, a, b, batches, mine = pair(SAM)
+    x, y = data(batches, 0)
+    part = slice(mine.start, mine.start + 2)
+    all_parts = torch.cat([torch.arange(i * BATCH, i * BATCH + 2) for i in range(batches)])
+    a.step(lambda: backward(model, x[mine], y[mine]), lambda: backward(model, x[part], y[part]))
+    b.step(lambda: backward(alone, x, y), lambda: backward(alone, x[all_parts], y[all_parts]))
+    assert_close(map(whole, model.parameters()), alone.parameters())
+
+
 def check_kinds():
     """That the cases are what they are meant to be."""
     model, _, _ = spread(Net().double(), "fsdp")
@@ -248,6 +264,7 @@ def check_spread_parameters(backend):
             if backend == "compiled":  # whose update, too, is not torch's own
                 check_steps(SAM, how, torch.optim.AdamW, "elementwise")
         check_forward_alone(SAM)
+        check_cheaper_steps(SAM)
         for base in (torch.optim.SGD, torch.optim.AdamW):
             check_nothing_here(SAM, base)
         check_not_finite(SAM)
@@ -272,20 +289,19 @@ def check_recipe(folder):
     assert (folder / "recipe" / ".metadata").exists()
 
 
+WAYS = {torch.optim.SGD: dict(interval=3), torch.optim.AdamW: dict(ascent="momentum")}
 CHECKPOINTS = [(backend, base) for backend in ("torch", "compiled") for base in (torch.optim.SGD, torch.optim.AdamW)]
 
 
 def save(folder):
     for backend, base in CHECKPOINTS:
-        model, _, opt, *_ = pair(partial(mup2.SAM, backend=backend), base=base)
+        model, _, opt, *_ = pair(partial(mup2.SAM, backend=backend), base=base, **WAYS[base])
         train(model, opt, 1, slice(None), range(STEPS))  # one batch for all, whatever the number of processes
         saved, state = get_state_dict(model, opt)
         dcp.save({"model": saved, "optimizer": state}, checkpoint_id=folder / f"{backend}-{base.__name__}")
         backward(model, *data(1, 0))
-        opt.first_step()
-        with pytest.raises(RuntimeError, match="weights are perturbed"):
+        with opt.perturbed(), pytest.raises(RuntimeError, match="weights are perturbed"):
             get_state_dict(model, opt)
-        opt.restore()
 
 
 def load(folder, group):
@@ -295,6 +311,7 @@ def load(folder, group):
         alone = Net().double()
         model = fsdp(copy.deepcopy(alone), DeviceMesh.from_group(group, "cpu"))
         kwargs = dict(lr=0.1, rho=0.2) | ({"momentum": 0.9} if base is torch.optim.SGD else {})
+        kwargs |= WAYS[base]
         opt, expected = (mup2.SAM(m.parameters(), base, backend=backend, **kwargs) for m in (model, alone))
         with torch.no_grad():
             for p in model.parameters():

@@ -54,9 +54,12 @@ class Replayed:
         return self.outputs
 
     def replay(self):
+        steps = self.phase.steps
         self.outputs.copy_(self.step(*self.calls[-1]))
+        self.phase.steps = steps  # no graph counts on the host
 
     def capture(self, model, opt, *inputs, **kwargs):
+        self.phase = getattr(opt, "phase", None)  # the reference has none
         fakes = dict.fromkeys(["Stream", "current_stream"], mock.Mock())
         fakes |= dict.fromkeys(["stream", "graph"], lambda *args, **kwargs: contextlib.nullcontext())
         fakes |= {"CUDAGraph": lambda: self, "get_rng_state": lambda device: None}
@@ -64,13 +67,13 @@ class Replayed:
             return mup2.capture(self, model, opt, *(x.as_subclass(OnGPU) for x in inputs), **kwargs)
 
 
-def capture(step, model, opt, *inputs):
-    """mup2.capture, on a CPU too."""
+def capture(step, model, opt, *inputs, kinds=1):
+    """mup2.capture, on a CPU too. kinds: of steps, each with a graph of its own."""
     if inputs[0].is_cuda:
         return mup2.capture(step, model, opt, *inputs)
     fake = Replayed(step)
     replay = fake.capture(model, opt, *inputs)
-    assert len(fake.calls) == 4
+    assert len(fake.calls) == 4 * kinds
     return replay
 
 

@@ -107,6 +107,8 @@ class Adapter(nn.Module):
 class LoraEmbedding(nn.Embedding):
     """loralib's, whose raw tensors are in a module of a known type."""
 
+    __module__ = "loralib.layers"
+
     def __init__(self, n, r=4):
         super().__init__(50, n)
         self.weight.requires_grad_(False)
@@ -140,6 +142,9 @@ def test_roles_of_adapters():
         param_groups(Adapter(WIDE), Adapter(BASE), lr=1, rho=1)
     model, base = LoraEmbedding(WIDE), LoraEmbedding(BASE)
     assert describe(model, base)["lora_B"].growth == (M, 1)
+    own = lambda n: nn.ParameterDict({"lora_A": torch.ones(n, 4), "lora_B": torch.zeros(4, n)})  # used as x @ A @ B
+    with pytest.raises(ValueError, match="cannot tell the role of 'lora_A'"):
+        describe(own(WIDE), own(BASE))
 
 
 # ------------------------------------------------------------------------------------------ weights that are normalized
@@ -202,9 +207,10 @@ def test_a_parametrization_that_adds_takes_the_role_of_the_weight():
     original = "1.parametrizations.weight.original"
     with pytest.raises(ValueError, match=rf"'{original}'.* as LoRA does, the role is the weight's own"):
         param_groups(build(WIDE), build(BASE), lr=1, rho=1)
-    found = describe(build(WIDE), build(BASE), {original: "hidden"})
+    parts = {f"1.parametrizations.weight.0.lora_{side}": "out in" for side in "AB"}
+    found = describe(build(WIDE), build(BASE), {original: "hidden"} | parts)
     assert [found[n].growth for n in (original, "1.parametrizations.weight.0.lora_A")] == [(M, M), (1, M)]
-    model = init_(build(WIDE), build(BASE), gain=1.0, roles={original: "hidden"})
+    model = init_(build(WIDE), build(BASE), gain=1.0, roles={original: "hidden"} | parts)
     assert model[1].weight.std().item() == pytest.approx(WIDE**-0.5, rel=0.05)
 
 

@@ -136,6 +136,17 @@ def test_frozen_buffers_of_every_kind():
     assert model[1].running_mean.abs().max() == 0 and model[1].num_batches_tracked == 0
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_frozen_buffers_of_other_layouts():
+    model = nn.Module()
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    model.register_buffer("rows", torch.eye(3).to_sparse_csr())
+    with mup2.frozen_buffers(model):
+        model.adjacency.mul_(2)
+        model.rows.values().mul_(2)
+    assert all(torch.equal(buffer.to_dense(), torch.eye(3)) for buffer in model.buffers())
+
+
 def test_frozen_buffers_that_share_memory():
     model = nn.Module()
     model.register_buffer("expanded", torch.zeros(3, 1, 2).expand(3, 5, 2))

@@ -1,0 +1,353 @@
+"""Steps with less than two passes: an interval between SAM steps, ascent by momentum, and on a part of a batch.
+
+Each is compared in float64 with the loop written out.
+"""
+
+import copy
+import io
+import math
+import pickle
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from small_problems import assert_close, backward, classification, closure_of, equal, parameters, twins, weights
+from test_capture import capture
+from torch import nn
+
+import mup2_fused as mup2
+import mup2_ref
+from mup2_fused import torch_passes
+
+MOMENTA = [
+    (torch.optim.SGD, dict(lr=0.05, momentum=0.9), "momentum_buffer"),
+    (torch.optim.SGD, dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1), "momentum_buffer"),
+    (torch.optim.SGD, dict(lr=0.05, momentum=0.9, dampening=0.5), "momentum_buffer"),
+    (torch.optim.SGD, dict(lr=0.05, momentum=0.9, maximize=True), "momentum_buffer"),
+    (torch.optim.Adam, dict(lr=0.01), "exp_avg"),
+    (torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1), "exp_avg"),
+]
+WAYS = [
+    dict(interval=3, momentum=0.9),
+    dict(ascent="momentum", momentum=0.9),
+    dict(interval=2, base_optimizer=torch.optim.AdamW),
+    dict(ascent="momentum", base_optimizer=torch.optim.AdamW),
+]
+
+
+def gradients(params):
+    """Of a loss whose curvature makes the gradient at w + e another one."""
+    loss = sum(((p - 0.3) ** 2).log1p().sum() + p.sin().sum() for p in params)
+    return loss.detach(), torch.autograd.grad(loss, params)
+
+
+def climbed(params, directions, rho, variant):
+    """Copies of w + rho T² v / norm, by the reference's formulas."""
+    norm = mup2_ref.joint_norm([(p, v, 1.0) for p, v in zip(params, directions)], variant)
+    moved = twins(params)
+    with torch.no_grad():
+        for p, v in zip(moved, directions):
+            mup2_ref.perturb_(p, v, rho / (norm + mup2_ref.EPS), variant)
+    return moved
+
+
+def plain_step(opt, params, grads):
+    for p, g in zip(params, grads):
+        p.grad = g.clone()
+    opt.step()
+
+
+def loop_with(opt, params, form):
+    """One step of a user's loop."""
+
+    def closure():
+        opt.zero_grad()
+        loss = sum(((p - 0.3) ** 2).log1p().sum() + p.sin().sum() for p in params)
+        loss.backward()
+        return loss.detach()
+
+    if form == "closure":
+        return opt.step(closure)
+    loss = closure()
+    if form == "asks":
+        if opt.first_step():
+            closure()
+    elif form == "asks, zero_grad":
+        if opt.first_step(zero_grad=True):
+            closure()
+    else:  # as loops were written before there was an interval
+        opt.first_step(zero_grad=True)
+        closure()
+    opt.second_step(zero_grad=True)
+    return loss
+
+
+@pytest.mark.parametrize("form", ["closure", "asks", "asks, zero_grad", "always two passes"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_an_interval(SAM, form, base):
+    params = parameters(torch.float64)
+    expected = twins(params)
+    opt, plain = SAM(params, base, rho=0.2, lr=0.01, interval=3), base(expected, lr=0.01)
+    for step in range(8):
+        assert opt.climbs == (step % 3 == 0)
+        loss, g = gradients(expected)
+        if step % 3 == 0:
+            g = gradients(climbed(expected, g, 0.2, "sam"))[1]
+        plain_step(plain, expected, g)
+        assert loop_with(opt, params, form).item() == pytest.approx(loss.item())
+        assert_close(params, expected)
+
+
+@pytest.mark.parametrize("variant", mup2_ref.VARIANTS)
+@pytest.mark.parametrize("base, kwargs, key", MOMENTA)
+@pytest.mark.parametrize("form", ["closure", "two steps"])
+def test_ascent_against_the_momentum(SAM, base, kwargs, key, variant, form):
+    params = parameters(torch.float64)
+    expected = twins(params)
+    opt = SAM(params, base, rho=0.2, variant=variant, ascent="momentum", **kwargs)
+    plain, calls = base(expected, **kwargs), []
+
+    def closure():
+        calls.append(weights(params))
+        opt.zero_grad()
+        loss, g = gradients(params)
+        for p, own in zip(params, g):
+            p.grad = own
+        return loss
+
+    for step in range(6):
+        moved = climbed(expected, [plain.state[p][key] for p in expected], -0.2, variant) if step else expected
+        loss, g = gradients(moved)
+        before = weights(params)
+        if form == "closure":
+            assert opt.step(closure).item() == pytest.approx(loss.item())
+        else:
+            assert opt.first_step() is True
+            closure()
+            opt.second_step()
+        assert_close(calls[-1], moved)
+        assert equal(calls[-1], before) == (step == 0), "there is no momentum before the first step"
+        plain_step(plain, expected, g)
+        assert_close(params, expected)
+    assert len(calls) == 6, "one pass for each step"
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_both_backends_agree(way, dtype):
+    runs = []
+    for backend in ("torch", "compiled"):
+        torch.manual_seed(0)
+        params = parameters(dtype)
+        groups = [{"params": params[:1], "rho": 0.3}, {"params": params[1:], "gradnorm_scaling": 3.0}]
+        opt = mup2.SAM(groups, lr=0.01, rho=0.1, backend=backend, **way)
+        for _ in range(5):
+            opt.step(closure_of(opt, params))
+        runs.append(weights(params))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(*runs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_kernels_take_every_kind_of_step(way):
+    params = parameters()
+    opt = mup2.SAM(params, lr=0.01, rho=0.1, backend="compiled", **way)
+    with mock.patch.multiple(torch_passes, climb=None, descend=None):
+        for _ in range(4):
+            opt.step(closure_of(opt, params))
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_resuming_in_the_middle_of_an_interval(SAM, way, how):
+    params = parameters()
+    opt = SAM(params, lr=0.01, rho=0.1, **way)
+    for _ in range(4):
+        opt.step(closure_of(opt, params))
+    if how == "state_dict":
+        file, others = io.BytesIO(), twins(params)
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        other = SAM(others, lr=0.5, rho=0.5, **way)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        reference = mup2_ref.SAM(twins(params), way.get("base_optimizer", torch.optim.SGD), lr=0.5)
+        reference.load_state_dict(opt.state_dict())
+    else:
+        others, other = (copy.deepcopy if how == "deepcopy" else lambda x: pickle.loads(pickle.dumps(x)))((params, opt))
+    for _ in range(4):
+        assert opt.climbs == other.climbs
+        for o, ps in ((opt, params), (other, others)):
+            torch.manual_seed(1)
+            o.step(closure_of(o, ps))
+        assert equal(params, others)
+    assert all("sam_steps" not in group for group in (*opt.param_groups, *other.param_groups))
+
+
+@pytest.mark.parametrize("two_step", [False, True])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_first_pass_on_a_part_of_the_batch(SAM, two_step, interval):
+    """train_epoch, step(closure, ascent_closure) and the loop written out take the same steps, batch norm's too."""
+    net = lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model, x, y = classification(net())
+    batches = [(x[i : i + 6], y[i : i + 6]) for i in range(0, 12, 6)] * 2
+    models = [model, copy.deepcopy(model)]
+    opts = [SAM(m.parameters(), lr=0.05, rho=0.2, momentum=0.9, interval=interval) for m in models]
+    mup2.train_epoch(models[0], opts[0], batches, ascent_samples=2)
+    other, opt = models[1], opts[1]
+    for step, (x, y) in enumerate(batches):
+        first = partial(backward, other, x[:2], y[:2])
+
+        def ascent(first=first):
+            with mup2.frozen_buffers(other):
+                return first()
+
+        def closure(x=x, y=y):
+            other.zero_grad()
+            return backward(other, x, y)
+
+        other.zero_grad()
+        if not two_step:
+            opt.step(closure, ascent)
+            continue
+        ascent() if step % interval == 0 else closure()
+        if opt.first_step():
+            closure()
+        opt.second_step()
+    assert equal(weights(models[0]), weights(models[1]))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].buffers(), models[1].buffers()))
+    assert models[0][1].num_batches_tracked == len(batches), "the ascent leaves the statistics alone"
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_train_epoch_and_its_failures(SAM, way):
+    model, x, y = classification(mup2.MLP(5, 8, 3))
+    opt, passes = SAM(model.parameters(), lr=0.05, rho=0.1, **way), []
+    count = model.register_forward_hook(lambda *_: passes.append(1))
+    mup2.train_epoch(model, opt, [(x, y)] * 6)
+    assert len(passes) == 6 + (6 // way["interval"] if "interval" in way else 0)
+    count.remove()
+    before = weights(model)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    model.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        mup2.train_epoch(model, opt, [(x, y)])
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_gradients_that_are_not_finite(SAM, way):
+    """skip_nonfinite skips updates in every kind of step, and the phase goes on; a GradScaler's overflow, too."""
+    params = parameters()
+    opt = SAM(params, lr=0.01, rho=0.1, skip_nonfinite=True, **way)
+    for step in range(6):
+        before = weights(params)
+        opt.first_step() if opt.moments else None
+        closure_of(opt, params)()
+        if step in (2, 3):
+            params[1].grad[0] = math.nan
+        if not opt.moments and opt.first_step():
+            closure_of(opt, params)()
+        opt.second_step()
+        assert equal(params, before) == (step in (2, 3)), step
+    assert opt.skipped_steps == 2 and opt.phase.steps == 6
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(4):
+        before = weights(params)
+        passes = [lambda: scaler.scale(closure_loss(params)).backward()] * 2
+        opt.zero_grad()
+        if opt.moments:
+            opt.first_step()
+        passes[0]()
+        if not opt.moments and opt.first_step():
+            opt.zero_grad()
+            passes[1]()
+        if step == 1:
+            params[0].grad[0, 0] = math.inf
+        scaler.step(opt)
+        scaler.update()
+        assert equal(params, before) == (step == 1)
+    assert scaler.get_scale() == 2.0**9
+
+
+def closure_loss(params):
+    return sum(((p - 0.3) ** 2).log1p().sum() for p in params)
+
+
+def test_a_compiled_training_step():
+    """torch.compile leaves the kinds of steps alone."""
+    model, x, y = classification(mup2.MLP(5, 8, 3))
+    other = copy.deepcopy(model)
+    opts = [mup2.SAM(m.parameters(), lr=0.05, rho=0.1, interval=2, backend="compiled") for m in (model, other)]
+    compiled = torch.compile(partial(training_step, other, opts[1]), backend="eager")
+    for _ in range(5):
+        training_step(model, opts[0], x, y)
+        compiled(x, y)
+        assert equal(weights(model), weights(other))
+
+
+def training_step(model, opt, x, y):
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return opt.step(closure)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_captured_steps(device, way):
+    """A graph for each kind of step; capturing leaves the phase where it was."""
+    model, x, y = classification(mup2.MLP(5, 8, 3))
+    model, x, y = model.to(device), x.to(device), y.to(device)
+    other = copy.deepcopy(model)
+    opts = [mup2.SAM(m.parameters(), lr=0.05, rho=0.1, backend="compiled", **way) for m in (model, other)]
+    steps = [lambda x, y, m=m, o=o: training_step(m, o, x, y).detach() for m, o in zip((model, other), opts)]
+    opts[0].param_groups[0]["lr"] = torch.tensor(0.05, device=device)
+    for m_step in steps:
+        m_step(x, y)
+    kinds = 2 if "interval" in way else 1
+    replay = capture(steps[1], other, opts[1], x, y, kinds=kinds)
+    assert opts[1].phase.steps == 1
+    for _ in range(5):
+        steps[0](x, y)
+        replay(x, y)
+        assert equal(weights(model), weights(other)) and opts[0].climbs == opts[1].climbs
+
+
+def test_what_cannot_be_combined(SAM):
+    params = parameters()
+    for kwargs, words in (
+        (dict(ascent="momentum"), "needs SGD with momentum, Adam or AdamW, not SGD"),
+        (dict(ascent="momentum", base_optimizer=torch.optim.RMSprop), "not RMSprop"),
+        (dict(ascent="momentum", momentum=0.9, interval=2), "leave out interval"),
+        (dict(ascent="moment", momentum=0.9), "unknown name 'moment'"),
+        (dict(interval=0), "it is 1 or more, not 0"),
+        (dict(interval=1.5), "it is 1 or more, not 1.5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SAM(params, lr=0.1, **kwargs)
+    opt = SAM(params, lr=0.1, momentum=0.9, ascent="momentum")
+    before = weights(params)
+    with pytest.raises(RuntimeError, match="leave out ascent_closure"):
+        opt.step(closure_of(opt, params), closure_of(opt, params))
+    assert equal(params, before)
+    model, x, y = classification(mup2.MLP(5, 8, 3))
+    for wrong, samples in ((torch.optim.SGD(model.parameters()), 2), (SAM(model.parameters(), lr=0.1), 0)):
+        with pytest.raises(ValueError, match="ascent_samples is 1 or more"):
+            mup2.train_epoch(model, wrong, [(x, y)], ascent_samples=samples)
+
+
+def test_the_loss_at_w_plus_e_in_a_step_without_sam(SAM):
+    params = parameters()
+    opt = SAM(params, lr=0.1, interval=2)
+    opt.step(closure_of(opt, params))
+    before = weights(params)
+    closure_of(opt, params)()
+    with opt.perturbed():
+        assert not equal(params, before)
+    assert equal(params, before)
