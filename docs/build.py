@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import a10g, step_time
-from experiments import demo, epoch_time_tables, optima, sweep, transfer
+from experiments import demo, epoch_time_tables, frontier_report, optima, sweep, transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
@@ -191,6 +191,7 @@ def a10g_tables() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{path.stem: partial(transfer_table, path.stem) for path in sorted(RESULTS.glob("transfer_*.json"))},
     "demo_caption": demo_caption,
+    "frontier": lambda: frontier_report.format_table(load(RESULTS / "frontier_mnist1d.json")["rows"]),
     "demo": demo_table,
     "key_transfer": key_transfer,
     "exponents": exponents,

@@ -1,10 +1,12 @@
 """Data sets: as tensors (load), and as images with the paper's augmentations (images).
 
-MNIST-1D comes with this repository (datasets/NOTICE tells its source and licence), the digits come with scikit-learn.
-CIFAR-10 and CIFAR-100 are read from the archives that their authors publish, ImageNet from a folder of images per
-class. Nothing is ever downloaded.
+MNIST-1D and a part of Fashion-MNIST come with this repository (datasets/NOTICE tells their sources and licences), the
+digits come with scikit-learn. All of Fashion-MNIST, CIFAR-10 and CIFAR-100 are read from the files that their authors
+publish, ImageNet from a folder of images per class. Nothing is ever downloaded.
 """
 
+import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from experiments import fashion_mnist
 from experiments.cifar import CIFAR, read
 from experiments.commands import DataError, reading
 
 Split = tuple[Tensor, Tensor]  # inputs, labels
 MNIST1D = Path(__file__).parent / "datasets" / "mnist1d.npz"
-LABEL_NOISE = 0.4  # the part of the training labels that is random in "noisy-" data
+NOISY = re.compile(r"noisy(\d{1,3})?-(.+)")  # percent of the training labels, and the name of the data without noise
+LABEL_NOISE = 40  # percent, where the name has no number
 
 
 class Facts(NamedTuple):
@@ -35,6 +39,8 @@ class Facts(NamedTuple):
 FACTS = {
     "mnist1d": Facts((1, 1, 40), 10, 4000),
     "digits": Facts((1, 8, 8), 10, 1438),
+    "fashion-mnist": Facts((1, 28, 28), 10, 60_000),
+    "fashion-mnist-5k": Facts((1, 28, 28), 10, 5000),
     "cifar10": Facts((3, 32, 32), 10, 50_000),
     "cifar100": Facts((3, 32, 32), 100, 50_000),
     "imagenet": Facts((3, 224, 224), 1000, 1_281_167),
@@ -45,21 +51,35 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     """(train inputs, train labels), (test inputs, test labels); inputs are standardized, labels are 0, 1, ...
 
-    name: "mnist1d" (inputs (N, 40)), "digits" (N, 1, 8, 8), "cifar10" or "cifar100" (N, 3, 32, 32). The last two are
-    standardized per channel, and come from root, the folder with the archive. "noisy-" in front of a name makes 40 % of
-    the training labels random, so that there is something to overfit; test labels stay right. Raises DataError.
+    name: "mnist1d" (inputs (N, 40)), "digits" (N, 1, 8, 8), "fashion-mnist" or its part "fashion-mnist-5k"
+    (N, 1, 28, 28), "cifar10" or "cifar100" (N, 3, 32, 32; standardized per channel). CIFAR and the whole Fashion-MNIST
+    come from root, the folder with their files. "noisy-" in front of a name makes 40 % of the training labels random,
+    and "noisy30-" makes 30 %, so that there is something to overfit; test labels stay right. Raises DataError.
     """
-    if name.startswith("noisy-"):
-        (x, y), test = load(name.removeprefix("noisy-"), root)
-        return (x, with_noise(y)), test
+    if noisy := NOISY.fullmatch(name):
+        (x, y), test = load(noisy[2], root)
+        return (x, with_noise(y, int(noisy[1] or LABEL_NOISE))), test
     if name in ("mnist1d", "digits"):
         return load_mnist1d() if name == "mnist1d" else load_digits()
+    if name in ("fashion-mnist", "fashion-mnist-5k"):
+        return load_fashion_mnist(name, root)
     splits = read(CIFAR[name], folder(name, root))
     mean, std = (s[:, None, None] for s in colours(splits[0][0]))
     return tuple(
         (torch.from_numpy(((x / np.float32(255) - mean) / std).astype(np.float32)), torch.from_numpy(y))
         for x, y in splits
     )
+
+
+def loadable(text: str) -> str:
+    """The type of a flag whose value is a name that load() knows."""
+    noisy = NOISY.fullmatch(text)
+    names = FACTS.keys() - {"imagenet"}
+    if (noisy[2] if noisy else text) not in names:
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(sorted(names))}, after noisy- or noisy30- or not"
+        )
+    return text
 
 
 def batches(split: Split, size: int, shuffle: torch.Generator) -> Iterator[Split]:
@@ -69,10 +89,12 @@ def batches(split: Split, size: int, shuffle: torch.Generator) -> Iterator[Split
         yield x[batch], y[batch]
 
 
-def with_noise(y: Tensor) -> Tensor:
-    """The labels, with the same ones replaced by random labels in every call."""
+def with_noise(y: Tensor, percent: int) -> Tensor:
+    """The labels, with the same ones replaced by random labels in every call; some random labels are the right ones."""
+    if percent > 100:
+        raise DataError(f"noisy{percent}: not more than 100 % of the labels can be random")
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.rand(len(y), generator=generator) < LABEL_NOISE
+    noisy = torch.rand(len(y), generator=generator) < percent / 100
     return torch.where(noisy, torch.randint(int(y.max()) + 1, y.shape, generator=generator), y)
 
 
@@ -80,6 +102,14 @@ def load_mnist1d() -> tuple[Split, Split]:
     with np.load(MNIST1D, allow_pickle=False) as file:
         x, y, x_test, y_test = (torch.from_numpy(file[key]) for key in ("x", "y", "x_test", "y_test"))
     return (x, y.long()), (x_test, y_test.long())
+
+
+def load_fashion_mnist(name: str, root: str | Path | None) -> tuple[Split, Split]:
+    splits = fashion_mnist.part() if name.endswith("5k") else fashion_mnist.read(folder(name, root))
+    (x, y), (x_test, y_test) = (tuple(torch.tensor(array) for array in split) for split in splits)
+    x, x_test = x.float().unsqueeze(1), x_test.float().unsqueeze(1)
+    mean, std = x.mean(), x.std()
+    return ((x - mean) / std, y.long()), ((x_test - mean) / std, y_test.long())
 
 
 def load_digits() -> tuple[Split, Split]:
@@ -109,7 +139,7 @@ def images(name: str, root: str | Path | None = None) -> Images:
 
     name: "cifar10": crop after padding by 4, and flip. "cifar100": the same, and AutoAugment, as for the paper's ViT.
     "imagenet": root/train/CLASS/* and root/val/CLASS/*; RandomResizedCrop(224) and flip, for testing the center of
-    the image resized to 256. "digits" and "mnist1d" ((1, 1, 40), one row): not augmented. Raises DataError.
+    the image resized to 256. Fashion-MNIST, "digits" and "mnist1d" ((1, 1, 40), one row): not augmented. DataError.
     """
     if name == "imagenet":
         return imagenet(folder(name, root))
@@ -123,7 +153,7 @@ def images(name: str, root: str | Path | None = None) -> Images:
         transforms = v2.Compose(augment + last), v2.Compose(last)
         train, test = (Pixels(*map(torch.from_numpy, split), t) for split, t in zip(splits, transforms))
     else:
-        train, test = (TensorDataset(x.reshape(-1, *FACTS[name].shape), y) for x, y in load(name))
+        train, test = (TensorDataset(x.reshape(-1, *FACTS[name].shape), y) for x, y in load(name, root))
     return Images(train, test, FACTS[name].shape, FACTS[name].classes)
 
 
@@ -195,7 +225,7 @@ def rgb(path: str) -> Any:
 
 def folder(name: str, root: str | Path | None) -> Path:
     if root is None:
-        what = "train and val" if name == "imagenet" else "its archive"
+        what = "train and val" if name == "imagenet" else "its files"
         raise DataError(f"{name} is not part of this repository: pass --root, the folder with {what}")
     return Path(root)
 

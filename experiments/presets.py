@@ -95,7 +95,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="resnet18-digits", help="defaults of the others")
     add("--model", choices=WIDTH)
     add("--data", choices=FACTS)
-    add("--root", type=Path, help="folder with CIFAR's archive, or with ImageNet's train and val")
+    add("--root", type=Path, help="folder with CIFAR's or Fashion-MNIST's files, or with ImageNet's train and val")
     sizes = "1: 64 channels in the first stage of ResNet-18, width 384 of ViT, 256 of the MLP"
     add("--width-multiplier", type=at_least(0, float), help=sizes)
     add("--base-width-multiplier", type=at_least(0, float), help="where muP's factors are 1")

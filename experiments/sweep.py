@@ -39,6 +39,41 @@ METHODS = {
 ALONE = {"sp": "SP-SGD", "mup": "muP-SGD"}  # the base optimizer alone, which may also be AdamW
 
 
+class Way(NamedTuple):
+    """Which passes SAM takes. The cheaper ways leave out a part of the first ones, and take a larger rho."""
+
+    title: str
+    interval: int = 1  # SAM in every so many-th step
+    part: int = 1  # the first pass takes 1 / part of the batch
+    ascent: str = "gradient"  # or "momentum", without a first pass
+    late: float = 1.0  # the last part of the epochs, in which SAM is used; the base optimizer alone before
+    factor: float = 1.0  # of SAM's best rho: about where this way's best one is
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes over a whole batch, per step."""
+        return 1.0 if self.ascent == "momentum" else 1 + self.late / (self.interval * self.part)
+
+    def first_epoch(self, epochs: int) -> int:
+        """The first epoch with SAM."""
+        return round(epochs * (1 - self.late))
+
+
+WAYS = {
+    "sam": Way("SAM"),
+    "interval-2": Way("every 2nd step", interval=2, factor=2),
+    "interval-4": Way("every 4th step", interval=4, factor=4),
+    "interval-8": Way("every 8th step", interval=8, factor=8),
+    "part-4": Way("1/4 of the batch", part=4, factor=1.4),
+    "part-16": Way("1/16 of the batch", part=16, factor=2),
+    "part-32": Way("1/32 of the batch", part=32, factor=2),
+    "interval-4-part-4": Way("every 4th step, 1/4 of the batch", interval=4, part=4, factor=4),
+    "momentum": Way("momentum", ascent="momentum", factor=4),
+    "late-2": Way("last half", late=1 / 2),
+    "late-4": Way("last quarter", late=1 / 4),
+}
+
+
 class Network(NamedTuple):
     """A network, and how it is trained."""
 
@@ -55,6 +90,8 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "mlp": Network("3-layer MLP", 1, "sgd", "joint", "constant", "best"),
+    "mlp-momentum": Network("3-layer MLP", 1, "sgd", "joint", "constant", "best", momentum=0.9),
+    "mlp-cosine": Network("3-layer MLP", 1, "sgd", "joint", "cosine", "last", momentum=0.9),
     "mlp-adamw": Network("3-layer MLP", 32, "adam", "decoupled", "constant", "last"),
     "resnet": Network("ResNet-18", 8, "sgd", "decoupled", "cosine", "last", momentum=0.9, cost_width=10),
     "vit": Network("ViT with two layers", 16, "adam", "decoupled", "cosine", "last", gain=1.0, cost_width=30),
@@ -72,6 +109,7 @@ class Run(NamedTuple):
     seed: int
     epochs: int
     network: str = "mlp"
+    way: str = "sam"  # of WAYS; it counts for rho > 0 only
 
 
 Rows = dict[Run, dict[str, Any]]  # of finished runs, as train() returns them
@@ -117,8 +155,23 @@ def build(run: Run, x: Tensor, d_out: int, backend: str) -> tuple[nn.Module, tor
     groups = mup2.param_groups(model, base, scaling, lr=run.lr, rho=run.rho)
     kind = torch.optim.AdamW if network.base_optimizer == "adam" else torch.optim.SGD
     options = dict(momentum=network.momentum) if network.momentum else {}
-    optimizer = kind(groups, **options) if run.rho == 0 else mup2.SAM(groups, kind, backend=backend, **options)
-    return model, optimizer
+    if run.rho == 0:
+        return model, kind(groups, **options)
+    way = WAYS[run.way]
+    return model, mup2.SAM(groups, kind, backend=backend, interval=way.interval, ascent=way.ascent, **options)
+
+
+def trainings(run: Run, train: data.Split, place: Place) -> tuple[Training, Training]:
+    """Of one model, which share a scheduler: before SAM is used, and with SAM. The same one for the base optimizer."""
+    x, y = train
+    model, optimizer = build(run, x, int(y.max()) + 1, place.backend)
+    steps = run.epochs * math.ceil(len(x) / BATCH)
+    cosine = NETWORKS[run.network].schedule == "cosine"
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
+    example = (x[:BATCH], y[:BATCH]) if place.graph and run.rho else None
+    part = {} if WAYS[run.way].part == 1 or run.rho == 0 else {"ascent_samples": BATCH // WAYS[run.way].part}
+    before = Training(model, getattr(optimizer, "base_optimizer", optimizer), scheduler=scheduler)
+    return before, Training(model, optimizer, scheduler=scheduler, example=example, **part)
 
 
 def train(run: Run, place: Place) -> dict[str, Any]:
@@ -127,21 +180,16 @@ def train(run: Run, place: Place) -> dict[str, Any]:
     The run ends early when the loss is not finite.
     """
     (x, y), test = data_on(run.data, place.root, place.device)
-    d_out = int(y.max()) + 1
-    model, optimizer = build(run, x, d_out, place.backend)
-    steps = run.epochs * math.ceil(len(x) / BATCH)
-    cosine = NETWORKS[run.network].schedule == "cosine"
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
-    start = time.perf_counter()
-    example = (x[:BATCH], y[:BATCH]) if place.graph and run.rho else None
-    training = Training(model, optimizer, scheduler=scheduler, example=example)
+    start, first = time.perf_counter(), WAYS[run.way].first_epoch(run.epochs)
+    before, with_sam = trainings(run, (x, y), place)
     accuracies, shuffle = [], torch.Generator().manual_seed(run.seed)
-    for _ in range(run.epochs):
+    for i in range(run.epochs):
+        training = before if i < first else with_sam
         epoch = training.epoch(data.batches((x, y), BATCH, shuffle), [test])
         if not math.isfinite(epoch.train_loss):
             break
         accuracies.append(epoch.test_accuracy)
-    best, last = max(accuracies, default=100 / d_out), round(accuracies[-1], 2) if accuracies else None
+    best, last = max(accuracies, default=100 / (int(y.max()) + 1)), round(accuracies[-1], 2) if accuracies else None
     row = run._asdict() | {"best": round(best, 2), "last": last, "finished": len(accuracies)}
     row |= {"seconds": round(time.perf_counter() - start, 1)}
     return row | {"device": device_name(place.device), "date": time.strftime("%Y-%m-%d")}
@@ -198,4 +246,5 @@ def sweep(runs: list[Run], path: Path, place: Place, title: str) -> Rows:
 def cost(run: Run) -> int:
     """The expected time of one epoch, in arbitrary units: overhead plus matrix products. SAM takes two passes."""
     matrix_products = (run.width / NETWORKS[run.network].cost_width) ** 2
-    return round(100 * (1 + matrix_products) * (0.4 if run.rho == 0 else 1))
+    first_passes = WAYS[run.way].passes - 1 if run.rho else 0
+    return round(100 * (1 + matrix_products) * (0.4 + 0.6 * first_passes))

@@ -23,6 +23,7 @@ from typing import Any
 
 from experiments import figures
 from experiments.commands import command, start
+from experiments.data import loadable
 from experiments.optima import Optima, format_table, grid_rhos, slice_rhos, what_to_look_at
 from experiments.sweep import ALONE, METHODS, NETWORKS, Place, Run, data_on, sweep
 from experiments.training import BACKENDS, check_device, has_kernels, is_cuda
@@ -142,8 +143,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="mlp", help="sets the defaults of the options below")
-    add("--data", choices=["mnist1d", "noisy-digits", "cifar10"])
-    add("--root", help="folder of the CIFAR-10 archive")
+    add("--data", type=loadable, help="such as mnist1d, noisy-digits or cifar10")
+    add("--root", help="folder with the files of CIFAR or Fashion-MNIST")
     add("--methods", nargs="+", choices=METHODS)
     add("--widths", nargs="+", type=int)
     add("--lrs", nargs="+", type=float)
@@ -161,7 +162,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for key, value in DEFAULTS[args.network].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.network in ("resnet", "vit") and args.data == "mnist1d":
+    if args.network in ("resnet", "vit") and args.data.endswith("mnist1d"):
         parser.error("MNIST-1D is for MLPs: the other networks take images")
     if args.graph and not (is_cuda(args.device) and has_kernels(args.device)):
         parser.error("--graph takes --device cuda, and mup2_fused built with CUDA")

@@ -21,9 +21,7 @@ class Guard:
     def __init__(self, optimizer: Any) -> None:
         key = id(optimizer)
         optimizers[key] = ref(optimizer, lambda _: optimizers.pop(key, None))
-        self.rates: dict[
-            int, float
-        ] = {}  # of groups from param_groups(), as they came, by the id of their first parameter
+        self.rates: dict[int, float] = {}  # id of a group's first parameter -> the lr with which param_groups() made it
         self.latest_rate: Any = None  # of the first group, at the latest look
         self.gradients: list[tuple[Any, Any, int]] = []  # (parameter, reference to its first gradient, version)
         self.kept: list[tuple[Any, Tensor]] = []  # gradients of a step without SAM, which were set to None

@@ -1,0 +1,247 @@
+"""What cheaper ways of SAM keep of its gain: test accuracy over the number of passes that a training step takes.
+
+    python -m experiments.frontier                          the committed results
+    python -m experiments.frontier --settings fashion       one setting of them; resnet and vit are further ones
+    python -m experiments.frontier --settings mnist1d --ways interval-4 part-16 --seeds 2 --out runs      a part of one
+
+SAM takes two passes. A SAM step in every k-th step only, a first pass on a part of the batch, climbing along momentum
+without a first pass, and SAM in the last part of training only take fewer. Each way's learning rate and rho are the
+best on a grid of factors of 2, and of sqrt(2) for rho near the best one: the search moves on until all neighbours are
+worse, so that no best lies on an edge. It sees seeds 0 and 1; what is reported comes from the seeds after them. Without
+SAM the network is trained for as many epochs, and for twice as many, which costs what SAM costs. Times are those of
+steps in one process, in which the ways take turns. Every finished run is appended to OUT/frontier_SETTING.jsonl: the
+same command goes on where it was interrupted. Times are kept in OUT/frontier_SETTING.json.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from experiments.commands import at_least, command, read_json, start, write_json
+from experiments.frontier_report import BASE, LONGER, format_table, plot
+from experiments.sweep import (
+    ALONE,
+    BATCH,
+    NETWORKS,
+    WAYS,
+    Place,
+    Run,
+    data_on,
+    read_runs,
+    score,
+    sweep,
+    trainings,
+)
+from experiments.training import BACKENDS, check_device
+
+CHOOSING = (0, 1)  # seeds
+TIMED_STEPS, TIMED_ROUNDS = 32, 30  # a multiple of all intervals
+
+
+class Setting(NamedTuple):
+    """What is trained, and where the search for the best lr and rho starts."""
+
+    network: str
+    data: str
+    width: int
+    epochs: int
+    lr: float
+    rho: float
+
+
+SETTINGS = {
+    "mnist1d": Setting("mlp", "mnist1d", 256, 60, 0.4, 0.4),
+    "mnist1d-momentum": Setting("mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4),
+    "fashion": Setting("mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2),
+    "resnet": Setting("resnet", "noisy-digits", 16, 12, 0.1, 0.1),
+    "vit": Setting("vit", "noisy-digits", 32, 24, 0.01, 0.03),
+}
+COMMITTED = ["mnist1d", "mnist1d-momentum", "fashion"]
+
+
+class Point(NamedTuple):
+    """Where lr and rho lie on the grid, from the setting's on."""
+
+    lr: int  # factors of 2
+    rho: int  # factors of sqrt(2)
+
+    def moved(self, by: tuple[int, int]) -> "Point":
+        return Point(self.lr + by[0], self.rho + by[1])
+
+
+STEPS = (2, 1)  # first factors of 2 for rho, then of sqrt(2)
+
+
+class Frontier:
+    """The runs of one setting, and the search for each way's best point."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        setting = SETTINGS[name]
+        self.setting = setting._replace(width=args.width or setting.width, epochs=args.epochs or setting.epochs)
+        self.name, self.seeds, self.path = name, args.seeds, args.out / f"frontier_{name}.jsonl"
+        self.place = Place(device=args.device, backend=args.backend, jobs=args.jobs)
+        self.runs = read_runs(self.path)
+        network = NETWORKS[setting.network]
+        can_momentum = network.momentum > 0 or network.base_optimizer == "adam"
+        self.ways = [way for way in args.ways if WAYS[way].ascent == "gradient" or can_momentum]
+
+    def run(self, way: str, point: Point, seed: int) -> Run:
+        s, alone = self.setting, way in (BASE, LONGER)
+        epochs = s.epochs * (2 if way == LONGER else 1)
+        lr, rho = (float(f"{x:.4g}") for x in (s.lr * 2.0**point.lr, s.rho * 2.0 ** (point.rho / 2)))
+        method, rho, way = (ALONE["mup"], 0.0, "sam") if alone else ("muP²", rho, way)
+        return Run(s.data, method, s.width, lr, rho, seed, epochs, s.network, way)
+
+    def values(self, way: str, point: Point, seeds: Iterable[int]) -> list[float] | None:
+        """Test accuracies in %; None if a run is missing."""
+        runs = [self.run(way, point, seed) for seed in seeds]
+        return [score(self.runs, run) for run in runs] if all(run in self.runs for run in runs) else None
+
+    def climb(self, way: str, point: Point, step: int) -> tuple[Point, list[Point]]:
+        """The best point that is known, from this one on, and the points that must be known to go on.
+
+        There are none if all neighbours, which differ by a factor of 2 in lr or by this step in rho, are worse.
+        """
+        moves = [(1, 0), (-1, 0)] + [(0, step), (0, -step)] * (way not in (BASE, LONGER))
+        while True:
+            around = [point, *map(point.moved, moves)]
+            known = {p: values for p in around if (values := self.values(way, p, CHOOSING))}
+            if missing := [p for p in around if p not in known]:
+                return point, missing
+            best = max(around, key=lambda p: statistics.fmean(known[p]))
+            if best == point:
+                return point, []
+            point = best
+
+    def train(self, points: Iterable[tuple[str, Point]], seeds: Iterable[int], what: str) -> None:
+        runs = [self.run(*pair, seed) for seed, pair in itertools.product(seeds, points)]
+        self.runs = sweep(runs, self.path, self.place, f"{self.name}, {what}")
+
+    def best(self, starts: dict[str, Point]) -> dict[str, Point]:
+        """The ways' best points. All of them move at once, so that all are equally far after an interruption."""
+        points = starts
+        for step in STEPS:
+            while True:
+                climbs = {way: self.climb(way, point, step) for way, point in points.items()}
+                points = {way: point for way, (point, _) in climbs.items()}
+                missing = [(way, p) for way, (_, around) in climbs.items() for p in around]
+                if not missing:
+                    break
+                self.train(missing, CHOOSING, "search")
+        return points
+
+    def search(self) -> dict[str, Point]:
+        """First the base optimizer and SAM, then the other ways from SAM's lr and rho on."""
+        found = self.best(dict.fromkeys((BASE, LONGER, "sam"), Point(0, 0)))
+        sam, others = found["sam"], [way for way in self.ways if way != "sam"]
+        return found | self.best({way: sam.moved((0, round(2 * math.log2(WAYS[way].factor)))) for way in others})
+
+    def rows(self, points: dict[str, Point], seeds: int) -> list[dict[str, Any]]:
+        """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy."""
+        found = {way: self.values(way, point, reported(seeds)) for way, point in points.items()}
+        base, sam = (statistics.fmean(found[way]) for way in (BASE, "sam"))
+        rows = []
+        for way, values in found.items():
+            run, mean = self.run(way, points[way], 0), statistics.fmean(values)
+            error = statistics.stdev(values) / math.sqrt(seeds) if seeds > 1 else None
+            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean, "error": error}
+            rows.append(row | {"seeds": seeds, "kept": (mean - base) / (sam - base) if sam > base else None})
+        return rows
+
+
+def reported(seeds: int) -> range:
+    return range(len(CHOOSING), len(CHOOSING) + seeds)
+
+
+def passes(way: str) -> float:
+    """Per step of a training that has as many epochs as SAM's."""
+    return {BASE: 1.0, LONGER: 2.0}[way] if way in (BASE, LONGER) else WAYS[way].passes
+
+
+def times(frontier: Frontier, points: dict[str, Point]) -> dict[str, float]:
+    """Median time of a training step, as a multiple of the one without SAM. The ways take turns, in changing order."""
+    train, _ = data_on(frontier.setting.data, None, frontier.place.device)
+    steps = min(TIMED_STEPS, len(train[1]) // BATCH)
+    batches = [tuple(t[:BATCH] for t in train)] * steps
+    models = {way: trainings(frontier.run(way, p, 0), train, frontier.place) for way, p in points.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in models}
+    threads, order = torch.get_num_threads(), random.Random(0)
+    torch.set_num_threads(1)
+    for _ in range(1 + TIMED_ROUNDS):  # memory is allocated in the first one
+        for way in order.sample([*models], len(models)):
+            first = 0 if way in (BASE, LONGER) else WAYS[way].first_epoch(steps)
+            begin = time.perf_counter()
+            for training, some in zip(models[way], (batches[:first], batches[first:])):
+                if some:
+                    training.train_epoch(some).item()
+            seconds[way].append(time.perf_counter() - begin)
+    torch.set_num_threads(threads)
+    ratios = {way: [a / b for a, b in zip(s[1:], seconds[BASE][1:])] for way, s in seconds.items()}
+    return {way: statistics.median(r) * (2 if way == LONGER else 1) for way, r in ratios.items()}
+
+
+def known_times(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    return read_json(path, ("times",), "remove this file, and the same command measures its times again")["times"]
+
+
+def report(frontier: Frontier, points: dict[str, Point], seeds: int) -> str:
+    """Write the table and the figure. Returns the table."""
+    path = frontier.path.with_suffix(".json")
+    known = known_times(path)
+    if not known.keys() >= points.keys():
+        known = times(frontier, points)
+    rows = [row | {"time": known[row["way"]]} for row in frontier.rows(points, seeds)]
+    runs = [frontier.runs[frontier.run(way, p, seed)] for way, p in points.items() for seed in reported(seeds)]
+    places = {key: sorted({row[key] for row in runs}) for key in ("device", "date")}
+    write_json(path, {"setting": frontier.setting._asdict(), "rows": rows, "times": known} | places)
+    plot(rows, heading(frontier.setting), frontier.path.with_suffix(".png"))
+    return format_table(rows)
+
+
+def heading(setting: Setting) -> str:
+    network = NETWORKS[setting.network]
+    base = "AdamW" if network.base_optimizer == "adam" else "SGD with momentum" if network.momentum else "SGD"
+    return f"{network.title} of width {setting.width} on {setting.data}, {setting.epochs} epochs, {base}"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--settings", nargs="+", choices=SETTINGS, default=COMMITTED)
+    add("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="SAM and the base optimizer alone are always there")
+    add("--seeds", type=at_least(1, int), default=6, help="that are reported, after the two of the search")
+    add("--epochs", type=at_least(1, int), help="default the setting's")
+    add("--width", type=at_least(1, int), help="default the setting's")
+    add("--jobs", type=at_least(1, int), default=2, help="runs at once")
+    add("--device", default="cpu")
+    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
+    add("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(argv)
+
+
+@command("the same command goes on where it stopped")
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    check_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.settings:
+        frontier = Frontier(name, args)
+        points = frontier.search()
+        frontier.train(points.items(), reported(args.seeds), "report")
+        table = report(frontier, points, args.seeds)
+        print(f"{heading(frontier.setting)}\n\n{table}\n\nfigure: {frontier.path.with_suffix('.png')}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    start(main)
