@@ -79,7 +79,7 @@ def accumulate(
 
 def train_epoch(
     model: nn.Module,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     batches: Batches,
     *,
     loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -97,8 +97,8 @@ def train_epoch(
     such as batch norm statistics, then come from the second pass, which takes all of them.
     ValueError without batches, and where ascent_samples has no first pass.
     """
-    sam = hasattr(optimizer, "climbs")
-    if ascent_samples is not None and (ascent_samples < 1 or not sam or optimizer.moments):
+    sam: Any = optimizer if hasattr(optimizer, "climbs") else None
+    if ascent_samples is not None and (ascent_samples < 1 or sam is None or sam.moments):
         raise ValueError("ascent_samples is 1 or more, and takes this package's SAM with ascent='gradient'")
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(enabled=False)
@@ -121,7 +121,7 @@ def train_epoch(
         if isinstance(optimizer, mup2_ref.SAM):
             losses.append(optimizer.step(backward))
         else:
-            losses.append(passes(optimizer, backward, ascent) if sam else backward())
+            losses.append(backward() if sam is None else passes(sam, backward, ascent))
             scaler.step(optimizer)
         scaler.update()
         if scheduler is not None:
