@@ -75,7 +75,7 @@ class SAM(Saving):
             params = [dict(p) if isinstance(p, dict) else p for p in params]
         self.variant = variant_of([p for p in params if isinstance(p, dict)], variant)
         self.backend, self.skip_nonfinite, self.same_randomness = backend, skip_nonfinite, same_randomness
-        self.interval, self.ascent, self.phase = interval, ascent, Phase()
+        self.interval, self.phase = interval, Phase()
         defaults = {"rho": rho, "gradnorm_scaling": 1.0, "perturb": True, "variant": self.variant}
         super().__init__(params, defaults)
         self.base_optimizer = make_base(base_optimizer, self.param_groups, base_kwargs)

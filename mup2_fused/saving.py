@@ -61,8 +61,7 @@ class Saving(torch.optim.Optimizer):
         return replace(self.phase, finite=self.passes.finite(self.phase), skipped=self.skipped_steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ["base_optimizer", "variant", "interval", "ascent", "moment", "backend", "skip_nonfinite"]
-        names += ["same_randomness"]
+        names = ["base_optimizer", "variant", "interval", "moment", "backend", "skip_nonfinite", "same_randomness"]
         return super().__getstate__() | {name: getattr(self, name) for name in names} | {"phase": self.settled()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ WAYS = [
     dict(interval=2, base_optimizer=torch.optim.AdamW),
     dict(ascent="momentum", base_optimizer=torch.optim.AdamW),
 ]
+PART = dict(momentum=0.7)
 
 
 def gradients(params):
@@ -277,11 +278,12 @@ def closure_loss(params):
     return sum(((p - 0.3) ** 2).log1p().sum() for p in params)
 
 
-def test_a_compiled_training_step():
+@pytest.mark.parametrize("way", [*WAYS, PART], ids=str)
+def test_a_compiled_training_step(way):
     """torch.compile leaves the kinds of steps alone."""
     model, x, y = classification(mup2.MLP(5, 8, 3))
     other = copy.deepcopy(model)
-    opts = [mup2.SAM(m.parameters(), lr=0.05, rho=0.1, interval=2, backend="compiled") for m in (model, other)]
+    opts = [mup2.SAM(m.parameters(), lr=0.05, rho=0.1, backend="compiled", **way) for m in (model, other)]
     compiled = torch.compile(partial(training_step, other, opts[1]), backend="eager")
     for _ in range(5):
         training_step(model, opts[0], x, y)
@@ -290,16 +292,30 @@ def test_a_compiled_training_step():
 
 
 def training_step(model, opt, x, y):
-    def closure():
+    """With PART's momentum, the first pass takes a part of the batch."""
+
+    def closure(samples=None):
         opt.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
+        loss = nn.functional.cross_entropy(model(x[:samples]), y[:samples])
         loss.backward()
         return loss
 
-    return opt.step(closure)
+    return opt.step(closure, partial(closure, 3) if opt.defaults.get("momentum") == PART["momentum"] else None)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_part_of_the_batch_with_a_scaled_loss(SAM):
+    model, x, y = classification(mup2.MLP(5, 8, 3).double())
+    runs = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        other = copy.deepcopy(model)
+        opt = SAM(other.parameters(), lr=0.05, rho=0.1)
+        mup2.train_epoch(other, opt, [(x.double(), y)] * 4, scaler=scaler, ascent_samples=3)
+        runs.append(weights(other))
+    assert_close(*runs)
+    assert not equal(runs[0], weights(model))
+
+
+@pytest.mark.parametrize("way", [*WAYS, PART], ids=str)
 def test_captured_steps(device, way):
     """A graph for each kind of step; capturing leaves the phase where it was."""
     model, x, y = classification(mup2.MLP(5, 8, 3))
@@ -351,3 +367,12 @@ def test_the_loss_at_w_plus_e_in_a_step_without_sam(SAM):
     with opt.perturbed():
         assert not equal(params, before)
     assert equal(params, before)
+
+
+def test_the_seen_perturbation_is_the_one_against_the_momentum(SAM):
+    params = parameters()
+    opt = SAM(params, lr=0.01, rho=0.1, momentum=0.9, ascent="momentum")
+    opt.step(closure_of(opt, params))
+    before = weights(params)
+    (norm, cosine), _ = mup2.seen_perturbation(opt)
+    assert norm == pytest.approx(1, abs=1e-3) and cosine == pytest.approx(1, abs=1e-3) and equal(params, before)
