@@ -24,14 +24,16 @@ THREADS = 256  # kThreads in csrc/core/batches.h
 # Compute capability 8.6, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 REGISTERS, WARPS, BLOCKS, REGISTER_UNIT = 65536, 48, 16, 256  # a warp gets a multiple of REGISTER_UNIT registers
 TYPES, SIZES = {"float": "fp32", "mup2::BFloat16": "bf16"}, {"fp32": 4, "bf16": 2}
-MOVED = {  # kernel and first template argument -> name, values read and written per parameter
-    ("norm", "0"): ("norm", 1),
-    ("norm", "1"): ("norm, elementwise", 2),
-    ("norm", "2"): ("norm, layerwise", 2),
-    ("perturb", "0"): ("perturb", 4),
-    ("perturb", "1"): ("perturb, elementwise", 4),
-    ("update", "mup2::Sgd"): ("restore + update, SGD", 5),
-    ("update", "mup2::Adam"): ("restore + update, Adam", 7),
+MOVED = {  # kernel, first template argument, and whether it sums the moment's squares -> name, values read and written per parameter
+    ("norm", "0", ""): ("norm", 1),
+    ("norm", "1", ""): ("norm, elementwise", 2),
+    ("norm", "2", ""): ("norm, layerwise", 2),
+    ("perturb", "0", ""): ("perturb", 4),
+    ("perturb", "1", ""): ("perturb, elementwise", 4),
+    ("update", "mup2::Sgd", ""): ("restore + update, SGD", 5),
+    ("update", "mup2::Sgd", ", true"): ("restore + update, SGD, with sums", 5),
+    ("update", "mup2::Adam", ""): ("restore + update, Adam", 7),
+    ("update", "mup2::Adam", ", true"): ("restore + update, Adam, with sums", 7),
 }
 OUT = ROOT / "benchmarks" / "results" / "a10g-computed.json"
 
@@ -70,15 +72,16 @@ def occupancy(registers: int) -> tuple[int, float]:
 
 def kernels(report: str) -> list[dict]:
     """One row per kernel and type. A kernel exists for two sizes of batches: the one with more registers."""
-    found: dict[tuple[str, str, str], int] = {}
-    pattern = r"entry function 'void [^']*?(\w+)_kernel<([\w:]+), ([\w:]+), ([\w:]+),.*?Used (\d+) registers"
-    for kernel, kind, w, g, registers in re.findall(pattern, report, re.DOTALL):
-        if w == g and w in TYPES and (kernel, kind) in MOVED:
-            key = kernel, kind, TYPES[w]
+    found: dict[tuple[str, str, str, str], int] = {}
+    arguments = r"<([\w:]+), ([\w:]+), ([\w:]+),[^(]*?(, true)?>\("
+    pattern = rf"entry function 'void [^']*?(\w+)_kernel{arguments}.*?Used (\d+) registers"
+    for kernel, kind, w, g, sums, registers in re.findall(pattern, report, re.DOTALL):
+        if w == g and w in TYPES and (kernel, kind, sums) in MOVED:
+            key = kernel, kind, sums, TYPES[w]
             found[key] = max(found.get(key, 0), int(registers))
     rows = []
-    for (kernel, kind, dtype), registers in sorted(found.items(), key=lambda item: (item[0][2] != "fp32", item[0])):
-        name, values = MOVED[kernel, kind]
+    for (*kernel, dtype), registers in sorted(found.items(), key=lambda item: (item[0][3] != "fp32", item[0])):
+        name, values = MOVED[tuple(kernel)]
         blocks, share = occupancy(registers)
         row = {"kernel": name, "dtype": dtype, "bytes per parameter": values * SIZES[dtype], "registers": registers}
         rows.append(row | {"blocks": blocks, "occupancy": share})

@@ -63,6 +63,7 @@ def stages(architecture: str) -> list[Stage]:
     tests = [*CUDA_TESTS, "tests/kernels", "tests/equivalence", "tests/product"]
     models = ["resnet18", "vit-b16", "mlp-4096", "vit-s16", "resnet18-w4", "mlp-tiny"]  # torch compiles the first ones
     timing = ["--device", "cuda", "--rounds", "15", "--compile-seconds", "40", "--models", *models]
+    kinds = ["--device", "cuda", "--rounds", "30", "--models", "resnet18-w4", "vit-b16", "mlp-tiny"]
     return [
         Stage("build", [*python, "setup.py", "build_ext", "--inplace"], 150, env=build),
         Stage("tests", tests, 60, ("pytest",)),
@@ -71,7 +72,8 @@ def stages(architecture: str) -> list[Stage]:
         Stage("racecheck", [*check, "racecheck", *me, "--small-case"], 45, (tool,)),
         Stage("launches", [*me, "--count-launches"], 20),
         Stage("graph", [*me, "--graph"], 20),
-        Stage("benchmark", [*python, "-m", "benchmarks.step_time", *timing], 95, report=True),
+        Stage("benchmark", [*python, "-m", "benchmarks.step_time", *timing], 85, report=True),
+        Stage("kinds", [*python, "-m", "benchmarks.step_kinds", *kinds], 10, report=True),
     ]
 
 
@@ -166,6 +168,7 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [*optimizer.param_groups[0]["params"], *state]
 
 
+ASCENTS = ("gradient", "momentum")
 KINDS = list(itertools.product((torch.float32, torch.bfloat16), (torch.optim.SGD, torch.optim.AdamW)))
 
 
@@ -173,16 +176,16 @@ def small_case() -> None:
     """For compute-sanitizer: sizes around the sizes of vectors and of chunks, in every variant."""
     from mup2_ref import VARIANTS
 
-    for variant, kind in itertools.product(VARIANTS, KINDS):
-        optimizer = make([1, 7, 165, 8191, 8192, 8193, 24581], *kind, variant=variant)
+    for variant, ascent, kind in itertools.product(VARIANTS, ASCENTS, KINDS):
+        optimizer = make([1, 7, 165, 8191, 8192, 8193, 24581], *kind, variant=variant, ascent=ascent)
         steps(optimizer, 3)
-        assert all(x.isfinite().all() for x in tensors(optimizer)), (variant, kind)
+        assert all(x.isfinite().all() for x in tensors(optimizer)), (variant, ascent, kind)
 
 
 def count_launches() -> None:
     """A step is three kernels, whatever the number of tensors. No call copies to or from the host, and none waits."""
-    for n in (62, 500):
-        optimizer = make([1000 + i for i in range(n)], torch.float32, torch.optim.SGD)
+    for n, ascent in itertools.product((62, 500), ASCENTS):
+        optimizer = make([1000 + i for i in range(n)], torch.float32, torch.optim.SGD, ascent=ascent)
         steps(optimizer, 3)
         torch.cuda.set_sync_debug_mode("error")
         steps(optimizer, 1)
@@ -198,15 +201,16 @@ def count_launches() -> None:
                 on_host[event.name] += 1
         for name in [name for name in on_device if name.startswith(("Optimizer.", "Context Sync"))]:
             del on_device[name]  # torch's mark around step(), and the wait above
-        print(f"{n} tensors: {dict(on_device)}; calls: {dict(on_host)}")
-        assert on_device == {"norm_kernel": 1, "perturb_kernel": 1, "update_kernel": 1}, on_device
+        print(f"{n} tensors, ascent by {ascent}: {dict(on_device)}; calls: {dict(on_host)}")
+        norm = "norm_kernel" if ascent == "gradient" else "norm_of_sums_kernel"
+        assert on_device == {norm: 1, "perturb_kernel": 1, "update_kernel": 1}, on_device
         assert not on_host.keys() & {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync", "cudaMemcpy"}
 
 
 def graph() -> None:
     """Replaying both calls as a CUDA graph gives the same bits as calling them."""
-    for kind in KINDS:
-        eager, captured = (make([7, 8193, 100_000], *kind) for _ in range(2))
+    for ascent, kind in itertools.product(ASCENTS, KINDS):
+        eager, captured = (make([7, 8193, 100_000], *kind, ascent=ascent) for _ in range(2))
         steps(eager, 8)
         steps(captured, 3)
         before = [x.clone() for x in tensors(captured)]
@@ -215,9 +219,9 @@ def graph() -> None:
             steps(captured, 1)
         for _ in range(5):
             cuda_graph.replay()
-        assert all(map(torch.equal, tensors(captured), tensors(eager))), kind
+        assert all(map(torch.equal, tensors(captured), tensors(eager))), (ascent, kind)
         assert not any(map(torch.equal, tensors(captured)[:3], before)), "replaying changes nothing"
-        print(f"{kind}: 5 replays equal 5 steps")
+        print(f"{kind}, ascent by {ascent}: 5 replays equal 5 steps")
 
 
 def main() -> int:

@@ -14,8 +14,9 @@ constexpr int kVectorBytes = 16;  // bytes of one memory access of a CUDA thread
 constexpr int kMaxItems = 1000;   // tensors per launch; fewer where the parameters of the kernel would not fit
 constexpr int kMaxGroups = 32;    // different hyper-parameters per launch
 
-// Positions in Item::ptr: weight, gradient, backup of the weight, first and second moment, step count (one float32).
-enum { kW, kG, kBackup, kM, kV, kSteps };
+// Positions in Item::ptr: weight, gradient, backup of the weight, first moment, the sum of its squares over each chunk
+// (float64), second moment, step count (one float32).
+enum { kW, kG, kBackup, kM, kSums, kV, kSteps };
 
 // One tensor of a launch, with the first P of the pointers above. The gradient may be null: the tensor is not updated.
 // The backup may be null: the tensor was not perturbed. Elements are dense, and in the same order behind every pointer.
@@ -24,7 +25,7 @@ template <int P> struct Item {
   uint32_t first_chunk;  // number of its first chunk in the launch
   uint16_t tail;         // elements of its last chunk
   uint8_t group;         // position in Batch::groups
-  uint8_t aligned;       // 1: every pointer is a multiple of kVectorBytes
+  uint8_t aligned;       // 1: every pointer to elements is a multiple of kVectorBytes
 };
 
 // How many items fit into the 32,764 bytes of parameters that a CUDA kernel may have; 256 are left for other arguments.

@@ -14,6 +14,7 @@ enum Variant { kSam, kElementwise, kLayerwise };  // T = 1, |w|, ||w||_F
 struct Radius { double rho, gradnorm_scaling; };  // of one tensor
 
 using NormBatch = Batch<2, Radius>;
+using SumsBatch = Batch<kSums + 1, Radius>;  // of tensors whose sums over chunks are known already
 using PerturbBatch = Batch<3, None>;
 
 // Results of the norm, in memory of the device. Arrays have one value per tensor.
@@ -82,10 +83,11 @@ MUP2_FN void finish_coefficient(const NormState& s, int tensor) {
   s.coefficient[tensor] = *s.nonfinite ? 0 : s.numerator[tensor] / (s.norm[0] + kEps);
 }
 
-// The end of the norm on the CPU. On CUDA the last block of each tensor, and then of all tensors, does the same.
-MUP2_FN void finish_tensor(const NormBatch& batch, uint32_t i, const NormState& s, bool layerwise) {
+// The end of the norm on the CPU, from the sums over each chunk of a tensor. On CUDA the last block of each tensor, and
+// then of all tensors, does the same.
+template <class B>
+MUP2_FN void finish_tensor(const B& batch, uint32_t i, const double* partials, const NormState& s, bool layerwise) {
   const int tensor = batch.first_tensor + i;
-  const double* partials = s.partials + batch.first_partial + batch.items[i].first_chunk;
   const int64_t n = chunk_of(batch, i, batch.items[i].first_chunk).chunks;
   s.radii[tensor] = batch.groups[batch.items[i].group];
   s.sums[tensor][0] = ordered_sum(partials, n);

@@ -13,7 +13,7 @@ enum Momentum { kNoMomentum, kMomentum, kNesterov };
 
 // torch.optim.SGD
 struct Sgd {
-  static constexpr int kMoments = 1, kPointers = 4;
+  static constexpr int kMoments = 1, kPointers = 5;
   struct Hyper {
     double lr, weight_decay, momentum, dampening;
     const float* lr_tensor;              // learning rate in memory of the device; null: lr holds it
@@ -40,7 +40,7 @@ struct Sgd {
 
 // torch.optim.Adam and AdamW, without amsgrad
 struct Adam {
-  static constexpr int kMoments = 2, kPointers = 6;
+  static constexpr int kMoments = 2, kPointers = 7;
   struct Hyper {
     double lr, weight_decay, beta1, beta2, eps;
     const float* lr_tensor;

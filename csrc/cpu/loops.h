@@ -161,7 +161,13 @@ template <class Method>
 void update(const UpdateBatch<Method>& batch, const Control& control, Types types, bool streaming, int64_t begin,
             int64_t end) {
   each_chunk(batch, types, begin, end, [&](auto w, auto g, int64_t, const Chunk& c) {
-    update_chunk<Method, decltype(w), decltype(g)>(batch, control, c, streaming);
+    using W = decltype(w);
+    update_chunk<Method, W, decltype(g)>(batch, control, c, streaming);
+    const auto& item = batch.items[c.item];
+    if (double* sums = pointer<double>(item, kSums)) {  // the caches still have the moment
+      const W* m = pointer<W>(item, kM, c.begin);
+      sums[c.begin / kChunk] = sum_squares<kSam>(m, m, c.count);
+    }
   });
   drain(streaming);
 }

@@ -8,6 +8,8 @@ namespace mup2 {
 
 // The last batch of a call also computes the norm and the coefficients.
 int cuda_norm(const NormBatch&, const NormState&, Types, Variant, void* stream);
+// The same for kSam, from sums over the chunks that an update has left behind.
+int cuda_norm_of_sums(const SumsBatch&, const NormState&, void* stream);
 // Norm and coefficients once more, from sums in the state that have been added up over processes.
 int cuda_from_sums(const NormState&, bool layerwise, void* stream);
 // Norm and coefficients once more, from the square of a norm over the tensors of several devices.

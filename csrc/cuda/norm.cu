@@ -1,59 +1,31 @@
 // The joint norm and the coefficients of the perturbation, in one launch. See core/sam.h.
-#include "cuda/device.h"
+#include "cuda/sums.h"
 
 namespace mup2 {
 namespace {
-
-// A sum of squares as two numbers hi + lo, which in float32 hold some 45 bits. Float64 would be too slow on some GPUs
-// (A10G: 1/64 of the rate of float32). add_square() is Knuth's TwoSum together with the exact error of the square.
-template <class R> struct Sum { R hi, lo; };
-MUP2_FN float square_error(float x, float square) {
-#ifdef MUP2_FMA
-  return fmaf(x, x, -square);
-#else
-  return float(double(x) * double(x) - double(square));  // 48 bits: exact, and so is the rest
-#endif
-}
-// exact: x² is a float32 number, as it is for x of 16 bits.
-template <bool exact> MUP2_FN void add_square(Sum<float>& s, float x) {
-  const float square = x * x, hi = s.hi + square, t = hi - s.hi;
-  s.lo += ((s.hi - (hi - t)) + (square - t)) + (exact ? 0 : square_error(x, square));
-  s.hi = hi;
-}
-template <bool> MUP2_FN void add_square(Sum<double>& s, double x) { s.hi += x * x; }
-
-// Sum of squares of T g over one chunk, added up in type A.
-template <class A, int variant, class W, class G>
-__device__ double sum_squares(const W* w, const G* g, int n, bool aligned, Scratch& scratch) {
-  constexpr int V = kVector<G>;
-  constexpr bool exact = sizeof(G) == 2 && variant != kElementwise;
-  Sum<A> sums[V] = {};
-  for (int i = threadIdx.x * V; i < n; i += kThreads * V) {
-    const auto gs = load<G, V>(g + i, n - i, aligned);
-    Pack<W, V> ws = {};
-    if (variant == kElementwise) ws = load<W, V>(w + i, n - i, aligned);
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      add_square<exact>(sums[j], A(term<variant, Wide<W>>(widen(ws.x[j]), widen(gs.x[j]))));
-  }
-  double x[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) x[j] = double(sums[j].hi) + double(sums[j].lo);
-  return block_sum(fold<V>(x), scratch);
-}
-
-// The same. In float32, squares of gradients beyond 1e19 overflow: such a chunk is summed again in float64.
-template <int variant, class W, class G>
-__device__ double chunk_sum(const W* w, const G* g, int n, bool aligned, Scratch& scratch) {
-  const double sum = sum_squares<Wide<W>, variant>(w, g, n, aligned, scratch);
-  return is_finite(sum) ? sum : sum_squares<double, variant>(w, g, n, aligned, scratch);
-}
 
 // Norm and coefficients from the square of the norm, by one block.
 __device__ void finish(const NormState& s, double square) {
   if (threadIdx.x == 0) finish_norm(s, square);
   __syncthreads();
   for (int i = threadIdx.x; i < s.n_tensors; i += kThreads) finish_coefficient(s, i);
+}
+
+// The sums of one tensor, to which the chunk c belongs, from the sums over its chunks. The block that does this for the
+// last tensor computes the norm and the coefficients.
+template <class B>
+__device__ void finish_tensor(const B& batch, const Chunk& c, const double* partials, const NormState& s,
+                              bool layerwise, Scratch& scratch) {
+  const int tensor = batch.first_tensor + c.item;
+  const double gradient = ordered_block_sum(partials, c.chunks, scratch);
+  const double weight = layerwise ? ordered_block_sum(partials + s.n_partials, c.chunks, scratch) : 0;
+  if (threadIdx.x == 0) {
+    s.radii[tensor] = batch.groups[batch.items[c.item].group];
+    s.sums[tensor][0] = gradient, s.sums[tensor][1] = weight;
+    contribute(s, tensor, layerwise);
+  }
+  if (!last_to_arrive(&s.counters[s.n_tensors], s.n_tensors, scratch)) return;
+  finish(s, ordered_block_sum(s.contribution, s.n_tensors, scratch));
 }
 
 // Each block makes the partial sum of a chunk. The last block of a tensor adds them up, and the last block of all
@@ -73,17 +45,16 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     partials[blockIdx.x] = g2;
     if (layerwise) partials[s.n_partials + blockIdx.x] = w2;
   }
-  const int tensor = batch.first_tensor + c.item;
-  if (!last_to_arrive(&s.counters[tensor], c.chunks, scratch)) return;
-  partials += item.first_chunk;
-  const double gradient = ordered_block_sum(partials, c.chunks, scratch);
-  const double weight = layerwise ? ordered_block_sum(partials + s.n_partials, c.chunks, scratch) : 0;
-  if (threadIdx.x == 0) {
-    s.radii[tensor] = batch.groups[item.group], s.sums[tensor][0] = gradient, s.sums[tensor][1] = weight;
-    contribute(s, tensor, layerwise);
-  }
-  if (!last_to_arrive(&s.counters[s.n_tensors], s.n_tensors, scratch)) return;
-  finish(s, ordered_block_sum(s.contribution, s.n_tensors, scratch));
+  if (last_to_arrive(&s.counters[batch.first_tensor + c.item], c.chunks, scratch))
+    finish_tensor(batch, c, partials + item.first_chunk, s, layerwise, scratch);
+}
+
+// The same from known sums over chunks, by one block per tensor.
+template <class B>
+__global__ void __launch_bounds__(kThreads) norm_of_sums_kernel(const __grid_constant__ B batch, const NormState s) {
+  MUP2_SHARED(Scratch, scratch);
+  const auto& item = batch.items[blockIdx.x];
+  finish_tensor(batch, chunk_of(batch, blockIdx.x, item.first_chunk), (const double*)item.ptr[kSums], s, false, scratch);
 }
 
 __global__ void __launch_bounds__(kThreads) combine_kernel(const NormState s, const double* square) {
@@ -110,6 +81,12 @@ int cuda_norm(const NormBatch& batch, const NormState& state, Types types, Varia
                                                     : norm_kernel<kLayerwise, W, G, B>;
       return launch(kernel, b.n_chunks, stream, b, state);
     });
+  });
+}
+
+int cuda_norm_of_sums(const SumsBatch& batch, const NormState& state, void* stream) {
+  return with_size(batch, [&](const auto& b) {
+    return launch(norm_of_sums_kernel<std::decay_t<decltype(b)>>, b.n_items, stream, b, state);
   });
 }
 

@@ -1,5 +1,5 @@
 // Restoring and updating in one pass: w <- backup + the update of SGD, Adam or AdamW.
-#include "cuda/device.h"
+#include "cuda/sums.h"
 
 namespace mup2 {
 namespace {
@@ -15,12 +15,12 @@ template <class G, int n> __device__ Pack<G, n> load_gradients(G* g, const float
   return gs;
 }
 
-// The update of kVector<W> elements. m and v are null where the method has no such moment.
+// The update of kVector<W> elements. m and v are null where the method has no such moment. ms: the new m.
 template <class Method, class W, class G, class Rule>
-__device__ void update_pack(Pack<W, kVector<W>>& ws, const Pack<G, kVector<W>>& gs, W* m, W* v, const Rule& rule,
-                            int left, bool aligned) {
+__device__ void update_pack(Pack<W, kVector<W>>& ws, const Pack<G, kVector<W>>& gs, Pack<W, kVector<W>>& ms, W* m,
+                            W* v, const Rule& rule, int left, bool aligned) {
   constexpr int V = kVector<W>;
-  Pack<W, V> ms = {}, vs = {};
+  Pack<W, V> vs = {};
   if (m) ms = load<W, V>(m, left, aligned);
   if (v) vs = load<W, V>(v, left, aligned);
 #pragma unroll
@@ -43,8 +43,8 @@ template <class Rule> struct UpdateScratch {
 };
 
 // Weights back from their backup and updated from there; weights that were not perturbed are updated where they are.
-// Thread 0 computes the rule of the update for its block, as that takes float64.
-template <class Method, class W, class G, class B>
+// Thread 0 computes the rule of the update for its block, as that takes float64. sums: items have kSums.
+template <class Method, class W, class G, class B, bool sums>
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ B batch, const Control control) {
   MUP2_SHARED(UpdateScratch<typename Method::template Rule<Wide<W>>>, shared);
   constexpr int V = kVector<W>;
@@ -62,8 +62,12 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   const auto at = [&](int which, auto type) {
     return item.ptr[which] ? (decltype(type)*)item.ptr[which] + c.begin : nullptr;
   };
-  W* w = at(kW, W{});
+  W *w = at(kW, W{}), *m = item.ptr[kM] ? at(kM, W{}) : nullptr;
   const W* base = item.ptr[kBackup] ? at(kBackup, W{}) : w;
+  // Squares of the new m. With the eight elements that a thread takes of 16-bit types, registers would be too few for
+  // four blocks per multiprocessor; those moments are read again.
+  constexpr bool adds = sums && sizeof(W) > 2;
+  Sum<Wide<W>> squares[V] = {};
   if (updates || unscales || base != w)
     for (int i = threadIdx.x * V; i < c.count; i += kThreads * V) {
       const int left = c.count - i;
@@ -71,12 +75,18 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
       Pack<G, V> gs = {};
       if (updates || unscales) gs = load_gradients<G, V>(at(kG, G{}) + i, control.grad_scale, left, item.aligned);
       if (updates) {
-        W* m = item.ptr[kM] ? at(kM, W{}) + i : nullptr;
         W* v = Method::kMoments > 1 ? at(kV, W{}) + i : nullptr;
-        update_pack<Method>(ws, gs, m, v, rule, left, item.aligned);
+        Pack<W, V> ms = {};
+        update_pack<Method>(ws, gs, ms, m ? m + i : nullptr, v, rule, left, item.aligned);
+        if constexpr (adds) add_squares(squares, ms);
       }
       store(w + i, ws, left, item.aligned);
     }
+  if (sums && item.ptr[kSums]) {
+    double sum = adds ? total(squares, shared.scratch) : 0;
+    if (!adds || !updates || !is_finite(sum)) sum = chunk_sum<kSam>(m, m, c.count, item.aligned, shared.scratch);
+    if (threadIdx.x == 0) ((double*)item.ptr[kSums])[c.begin / kChunk] = sum;
+  }
   if (B::kPointers > kSteps && last_to_arrive(control.counter, batch.n_chunks, shared.scratch))
     for (uint32_t i = threadIdx.x; i < batch.n_items; i += kThreads) count_step(batch.items[i], shared.skip);
 }
@@ -87,8 +97,13 @@ template <class Method>
 int cuda_update(const UpdateBatch<Method>& batch, const Control& control, Types types, void* stream) {
   return with_types(types, [&](auto w, auto g) {
     return with_size(batch, [&](const auto& b) {
+      using W = decltype(w);
+      using G = decltype(g);
       using B = std::decay_t<decltype(b)>;
-      return launch(update_kernel<Method, decltype(w), decltype(g), B>, b.n_chunks, stream, b, control);
+      bool sums = false;
+      for (uint32_t i = 0; i < b.n_items; ++i) sums |= b.items[i].ptr[kSums] != nullptr;
+      const auto kernel = sums ? update_kernel<Method, W, G, B, true> : update_kernel<Method, W, G, B, false>;
+      return launch(kernel, b.n_chunks, stream, b, control);
     });
   });
 }

@@ -77,12 +77,22 @@ void norm(Slice entries, const std::vector<Radius>& radii, Variant variant, Work
   ws.reserve(entries.size(), chunks, variant == kLayerwise);
   const NormState& s = ws.state();
   const at::Device device = entries[0].device;
-  in_batches<NormBatch>(entries, radii, [&](const NormBatch& batch, Types types) {
-    on(device, [&](auto stream) { return cuda_norm(batch, s, types, variant, stream); }, [&] {
-      in_parallel(batch, [&](int64_t a, int64_t b) { cpu_kernels().norm(batch, s, types, variant, a, b); });
-      for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, s, variant == kLayerwise);
+  if (entries[0].ptr[kSums])
+    in_batches<SumsBatch>(entries, radii, [&](const SumsBatch& batch, Types) {
+      on(device, [&](auto stream) { return cuda_norm_of_sums(batch, s, stream); }, [&] {
+        for (uint32_t i = 0; i < batch.n_items; ++i)
+          finish_tensor(batch, i, pointer<double>(batch.items[i], kSums), s, false);
+      });
     });
-  });
+  else
+    in_batches<NormBatch>(entries, radii, [&](const NormBatch& batch, Types types) {
+      on(device, [&](auto stream) { return cuda_norm(batch, s, types, variant, stream); }, [&] {
+        in_parallel(batch, [&](int64_t a, int64_t b) { cpu_kernels().norm(batch, s, types, variant, a, b); });
+        const double* partials = s.partials + batch.first_partial;
+        for (uint32_t i = 0; i < batch.n_items; ++i)
+          finish_tensor(batch, i, partials + batch.items[i].first_chunk, s, variant == kLayerwise);
+      });
+    });
   if (device.is_cpu()) finish_all(s, ordered_sum(s.contribution, s.n_tensors));
 }
 

@@ -23,6 +23,7 @@ inline Variant variant_of(const std::string& name) {
 using Reduce = std::function<void(const Tensor& sums, Slice entries)>;
 
 // The joint norm over all entries, and their coefficients, into the workspaces of their devices. Entries are sorted.
+// All or none of them have kSums; with it, the gradients are not read. This is for kSam only.
 void norms(const std::vector<DeviceEntry>& entries, const std::vector<Radius>& radii, Variant variant, Workspaces& all,
            const Reduce& reduce = {});
 

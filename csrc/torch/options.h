@@ -64,10 +64,12 @@ struct OptionsReader {
 
 // One parameter of an update. Tensors are owned by Python. w: the part of the whole that lies in this process. g is
 // null without gradient, backup if the parameter was not perturbed. m, v, step: the state, null if it is to be made.
+// sums: the next climb wants the norm of m.
 struct Update {
   py::handle parameter, state;
   const Tensor *whole, *w, *g, *backup;
   int group;
+  bool sums = false;
   const Tensor *m = nullptr, *v = nullptr, *step = nullptr;
 };
 

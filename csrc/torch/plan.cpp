@@ -16,6 +16,7 @@ bool Plan::climb(const py::list& groups, const py::object& phase, const std::str
   if (perturbed_.among(climb.changed)) return false;
   climb.backups.keep(n_backups_ = climb.n_backups);
   for (const Tensor* w : climb.changed) bump(*w);
+  sums_moments_ = climb.moments && kind == kSam;
   run(climb, kind, reduce);
   // In C++, because an interrupt may come before Python has the result. Not earlier, because until now the backups were
   // those of the step before.
@@ -54,6 +55,7 @@ bool Plan::collect(py::handle group, bool with_empty, Climb& climb) {
     climb.entries.add(w, group_number).index = index;
     climb.entries.set(kG, g, false);
     climb.entries.place(kBackup, backup, true);
+    if (climb.moments) climb.entries.list.back().ptr[kSums] = sums_.find(g);
   }
   return true;
 }
@@ -68,10 +70,13 @@ void Plan::run(Climb& climb, Variant variant, const py::object& reduce) {
       reduce(sums, rows);
     };
   const py::gil_scoped_release release;
+  auto& list = climb.entries.list;
+  if (!sums_moments_ || !std::all_of(list.begin(), list.end(), [](const auto& e) { return e.ptr[kSums]; }))
+    for (DeviceEntry& e : list) e.ptr[kSums] = nullptr;
   climb.entries.sort();
   order_.clear();
-  mup2::norms(climb.entries.list, climb.radii, variant, workspaces_, call);
-  per_device(climb.entries.list, [&](Slice entries, at::Device device) {
+  mup2::norms(list, climb.radii, variant, workspaces_, call);
+  per_device(list, [&](Slice entries, at::Device device) {
     perturb(entries, workspace(workspaces_, device).state().coefficient, variant);
     auto& index = order_[device];
     for (const DeviceEntry& e : entries) index.push_back(e.index);
@@ -109,12 +114,14 @@ template <class Method> bool Plan::descend_with(const Descent& d) {
   std::vector<typename Method::Hyper> hypers;  // per group
   std::vector<Update> updates;
   if (!collect<Method>(d, hypers, updates)) return false;
+  sums_.forget();
   Entries entries(updates.size());
   for (Update& u : updates) {
     entries.add(*u.w, u.group);
     if (u.backup) entries.place(kBackup, *u.backup, false);
     if (u.g) entries.set(kG, *u.g, d.grad_scale != nullptr);
     if (u.g) add_state(entries, hypers[u.group], u, d.create);
+    if (u.m) entries.list.back().ptr[kSums] = u.sums ? sums_.room(*u.m) : sums_.drop(*u.m);
   }
   // A process without any part of the tensors launches for one zero, and so counts a step that is skipped.
   const auto has_gradient = [](const DeviceEntry& e) { return e.numel && e.ptr[kG]; };
@@ -124,6 +131,7 @@ template <class Method> bool Plan::descend_with(const Descent& d) {
   }
   for (const Update& u : updates) bump(*u.whole);
   run<Method>(entries, hypers, d);
+  sums_.confirm();
   if (PyObject_SetAttr(d.phase.ptr(), key::backups.ptr(), Py_None)) throw py::error_already_set();
   return true;
 }
@@ -151,6 +159,7 @@ bool Plan::collect(const Descent& d, std::vector<typename Method::Hyper>& hypers
       if (u.backup && !fits(*u.backup, w)) return false;
       if (hyper.lr_tensor && reader.lr_device != w.device()) return false;
       if (u.g) u.state = states.find(parameter);
+      u.sums = u.g && sums_moments_ && is_true(get(group, key::perturb));
       if (u.g && !find_state(hyper, u)) return false;
       work |= u.g && p.numel();  // of the whole tensor, not of this process's part: all processes must decide alike
       updates.push_back(u);
@@ -189,7 +198,7 @@ void Plan::find_nonfinite(const Entries& entries, const py::object& share) {
   std::vector<DeviceEntry> with_gradient;
   for (DeviceEntry e : entries.list) {
     workspace(second_, e.device);
-    e.group = 0;
+    e.group = 0, e.ptr[kSums] = nullptr;  // those of the moment
     if (e.ptr[kG] && e.numel) with_gradient.push_back(e);
   }
   for (auto& [device, ws] : second_) ws.nonfinite().zero_();  // the norm sets it on devices with gradients only
@@ -217,13 +226,6 @@ void Plan::restore(const py::list& backups) {
   const py::gil_scoped_release release;
   mup2::restore(entries, workspaces_);
   for (const auto& [w, backup] : others) w->copy_(*backup);
-}
-
-std::vector<Tensor> Plan::memory() {
-  std::vector<Tensor> found;
-  for (Workspaces* all : {&workspaces_, &second_})
-    for (auto& [device, ws] : *all) ws.append_to(found);
-  return found;
 }
 
 py::tuple Plan::norms() {

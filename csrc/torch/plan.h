@@ -12,6 +12,7 @@
 
 #include "torch/dispatch.h"
 #include "torch/options.h"
+#include "torch/sums.h"
 
 namespace mup2 {
 
@@ -23,7 +24,8 @@ class Plan {
   // Returns false, and has changed nothing else, if the kernels cannot do it: tensors are sparse, complex or wrap
   // others, or parameters share memory. reduce(sums, rows), if not None, is called once per device. It adds to the
   // sums, in place, the sums of other processes; row k belongs to the perturbed parameter number rows[k].
-  // state, if not None: climb against state[parameter][moment], where it exists, instead of along the gradients.
+  // state, if not None: climb against state[parameter][moment], where it exists, instead of along the gradients. For the
+  // variant "sam" updates then sum its squares, so that the next climb need not read it for the norm.
   bool climb(const py::list& groups, const py::object& phase, const std::string& variant, const py::object& reduce,
              const py::list& backups, const py::object& state, const py::str& moment);
 
@@ -52,8 +54,15 @@ class Plan {
     for (auto& [device, ws] : workspaces_) sum += ws.skipped().item<int64_t>();
     return sum;
   }
-  py::tuple norms();             // (joint norm, [gradnorm_scaling ||T g|| per backup]) of the last first pass
-  std::vector<Tensor> memory();  // what kernels write to besides parameters, gradients, backups and state
+  py::tuple norms();  // (joint norm, [gradnorm_scaling ||T g|| per backup]) of the last first pass
+  // What kernels write to besides parameters, gradients, backups and state.
+  std::vector<Tensor> memory() {
+    std::vector<Tensor> found;
+    for (Workspaces* all : {&workspaces_, &second_})
+      for (auto& [device, ws] : *all) ws.append_to(found);
+    sums_.append_to(found);
+    return found;
+  }
 
  private:
   struct Climb {
@@ -88,7 +97,9 @@ class Plan {
   void run(Entries& entries, const std::vector<typename Method::Hyper>& hypers, const Descent& d);
   void find_nonfinite(const Entries& entries, const py::object& share);
 
-  size_t n_backups_ = 0;  // of the last first pass
+  size_t n_backups_ = 0;       // of the last first pass
+  bool sums_moments_ = false;  // whether it asks updates for the sums
+  MomentSums sums_;
   Overlap perturbed_, updated_;
   Workspaces workspaces_;  // of the first pass and of updates
   Workspaces second_;      // of the norm of the second gradient

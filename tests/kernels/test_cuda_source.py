@@ -95,7 +95,7 @@ def compiled():
 def assert_nothing_spills(report):
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    assert len(usage) == len(registers) == 100 and set(usage) == {("0", "0", "0")}
+    assert len(usage) == len(registers) == 130 and set(usage) == {("0", "0", "0")}
     assert max(registers) <= 64, "four blocks of 256 threads must fit into a multiprocessor"
 
 
@@ -147,4 +147,4 @@ def test_no_float64_arithmetic_per_element(compiled):
             written = [body for body in of_elements if "st.global" in body]
             assert written and not any(map(float64.search, written)), entry[:200]
         seen[kernel] += 1
-    assert seen == {"norm": 3 * 5 * 2, "perturb": 2 * 5 * 2, "update": 2 * 5 * 2}, seen
+    assert seen == {"norm": 3 * 5 * 2, "perturb": 2 * 5 * 2, "update": 2 * 2 * 5 * 2}, seen

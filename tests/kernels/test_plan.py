@@ -73,6 +73,97 @@ def test_climbing_against_moments(device):
     o.plan.restore(o.phase.backups)
     assert equal(o.params, before) and not o.climb(moment="momentum_buffer") and equal(o.params, before)
 
+KINDS = [(torch.optim.SGD, dict(momentum=0.9), "sgd", "momentum_buffer"), (torch.optim.AdamW, {}, "adamw", "exp_avg")]
+
+
+def norm_of_moments(o, key):
+    """The climb's joint norm from the moments as they are, by a plan that has not seen an update."""
+    other = Optimizer(type(o.base), [nn.Parameter(p.detach().clone()) for p in o.params])
+    for p, q in zip(o.params, other.params):
+        if key in o.base.state[p]:
+            other.base.state[q][key] = o.base.state[p][key].clone()
+    other.base.param_groups[0]["perturb"] = o.base.param_groups[0]["perturb"]
+    assert other.climb(moment=key)
+    return other.plan.norms()
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("base, options, method, key", KINDS, ids=["sgd", "adamw"])
+def test_the_norm_of_moments_is_summed_by_the_update(device, base, options, method, key, dtype):
+    """Its bits are those of a pass over the moments; and there is no such pass: it would see what torch cannot see."""
+    params = [nn.Parameter(x) for x in tensors(dtype, device, (3, 20000, 0, 7))]
+    params.append(nn.Parameter(tensors(dtype, device, (2 * 3 * 40 * 50,))[0].view(2, 3, 40, 50)))
+    o = Optimizer(base, params, **options)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        params[-1].grad = params[-1].grad.to(memory_format=torch.channels_last)
+        flag = torch.tensor(float(step == 2), device=device)  # a skipped step leaves the moments as they are
+        assert o.climb(moment=key) and o.descend(method, found_inf=flag)
+        expected = norm_of_moments(o, key)
+        moment = o.base.state[params[1]][key]
+        if step < 3:
+            continue
+        hidden = torch.empty(0, dtype=dtype, device=device).set_(moment.untyped_storage(), 0, moment.shape)
+        hidden.zero_()  # has a version of its own
+        assert o.climb(moment=key) and o.plan.norms() == expected != norm_of_moments(o, key)
+
+
+def add(o, key):
+    o.base.state[o.params[1]][key].add_(1)
+
+
+def replace(o, key):
+    o.base.state[o.params[1]][key] = torch.ones_like(o.params[1])
+
+
+def exchange(o, key):
+    o.base.state[o.params[1]][key].data = torch.ones_like(o.params[1])
+
+
+def remove(o, key):
+    del o.base.state[o.params[1]]
+
+
+def step_alone(o, key):
+    o.base.step()
+
+
+def elementwise(o, key):
+    """Its norm takes the weights, too, and its updates sum nothing."""
+    assert o.climb("elementwise", moment=key) and o.descend("sgd" if key == "momentum_buffer" else "adamw")
+
+
+def too_late(o, key):
+    """An update of some parameters only, after a change of another one's moment."""
+    o.params[0].grad = None
+    add(o, key)
+    assert o.climb(moment=key) and o.descend("sgd" if key == "momentum_buffer" else "adamw")
+
+
+CHANGES = [add, replace, exchange, remove, step_alone, elementwise, too_late]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("base, options, method, key", KINDS, ids=["sgd", "adamw"])
+def test_sums_of_moments_that_have_changed_are_not_used(device, base, options, method, key, change):
+    o = Optimizer(base, parameters(device), **options)
+    assert o.climb(moment=key) and o.descend(method) and o.climb(moment=key) and o.descend(method)
+    change(o, key)
+    assert o.climb(moment=key)
+    found, backups = o.plan.norms(), o.phase.backups
+    o.plan.restore(backups)
+    assert found == norm_of_moments(o, key)
+
+
+def test_moments_of_parameters_that_are_not_perturbed_are_not_summed(device):
+    o = Optimizer(torch.optim.SGD, parameters(device), momentum=0.9)
+    o.base.param_groups[0]["perturb"] = False
+    assert o.climb(moment="momentum_buffer") and o.descend()
+    o.base.param_groups[0]["perturb"] = True
+    assert o.climb(moment="momentum_buffer")
+    assert o.plan.norms() == norm_of_moments(o, "momentum_buffer")
+
 
 def test_a_gradient_that_is_not_finite(device):
     o = Optimizer(torch.optim.Adam, parameters(device))

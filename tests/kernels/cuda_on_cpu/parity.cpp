@@ -52,6 +52,7 @@ struct Side {
   std::vector<Memory> memories;
   std::vector<Entry> entries;
   std::vector<float> steps;
+  std::vector<std::vector<double>> sums;  // over the chunks of each first moment
   std::vector<double> results[6];  // the first five arrays of a NormState, and its partial sums
   std::vector<Radius> radii;
   std::vector<uint32_t> counters;
@@ -80,6 +81,7 @@ struct Case {
   bool adam = false;    // otherwise SGD
   bool moments = true;  // false: SGD without momentum
   double bad = 0;       // the last gradient of the first tensor: too large for float32 squares, or not a number
+  bool sums = false;    // the update sums the squares of the moments
   bool scale = false;   // gradients that are to be divided by the scale of the loss
   bool without_gradient = false;  // in the update, for every second tensor
   int n_groups = 2;
@@ -92,13 +94,15 @@ Side make(const Case& c) {
   for (size_t i = 0; i < c.sizes.size(); ++i) {
     Entry e;
     e.numel = c.sizes[i], e.group = i % c.n_groups, e.types = c.types;
-    for (int which = 0; which < (c.adam ? 5 : 4); ++which) {
+    for (int which : {kW, kG, kBackup, kM, kV}) {
+      if (which == kV && !c.adam) continue;
       const Type type = which == kG ? c.types.g : c.types.w;
       side.memories.emplace_back(e.numel, type, i % 2 ? c.shift : 0, which == kV);
       if (which < kM || c.moments) e.ptr[which] = side.memories.back().data;
     }
     side.steps.push_back(i % 3);
     if (c.adam) e.ptr[kSteps] = &side.steps.back();
+    if (c.sums) e.ptr[kSums] = side.sums.emplace_back(chunks_of(e.numel), -1).data();
     side.entries.push_back(e);
   }
   if (c.bad != 0) ((float*)side.entries[0].ptr[kG])[c.sizes[0] - 1] = c.bad;
@@ -167,6 +171,41 @@ template <class Method> void update(const Case& c, Side& cpu_side, Side& cuda_si
   compare(c, cpu_side, cuda_side, "update");
 }
 
+void norm(Side& side, const std::vector<Radius>& radii, Variant variant, bool cuda) {
+  const NormState state = side.state(variant == kLayerwise);
+  in_batches<NormBatch>(side.entries, radii, [&](const NormBatch& batch, Types types) {
+    if (cuda) {
+      cuda_norm(batch, state, types, variant, nullptr);
+      return;
+    }
+    cpu.norm(batch, state, types, variant, 0, batch.n_chunks);
+    const double* partials = state.partials + batch.first_partial;
+    for (uint32_t i = 0; i < batch.n_items; ++i)
+      finish_tensor(batch, i, partials + batch.items[i].first_chunk, state, variant == kLayerwise);
+  });
+  if (!cuda) finish_all(state, ordered_sum(state.contribution, state.n_tensors));
+}
+
+// The sums that the update has left behind give the bits of the norm that a pass over the moments gives.
+void norm_of_moments(const Case& c, Side side, const std::vector<Radius>& radii, bool cuda) {
+  const NormState state = side.state(false);
+  in_batches<SumsBatch>(side.entries, radii, [&](const SumsBatch& batch, Types) {
+    if (cuda) {
+      cuda_norm_of_sums(batch, state, nullptr);
+      return;
+    }
+    for (uint32_t i = 0; i < batch.n_items; ++i)
+      finish_tensor(batch, i, (const double*)batch.items[i].ptr[kSums], state, false);
+  });
+  if (!cuda) finish_all(state, ordered_sum(state.contribution, state.n_tensors));
+  expect(same(side.counters, std::vector<uint32_t>(side.counters.size())), c, "a counter that should be 0");
+  const std::vector<double> found[] = {side.results[0], side.results[1], side.results[2], side.results[3],
+                                       side.results[4]};
+  for (Entry& e : side.entries) e.ptr[kG] = e.ptr[kM], e.types.g = e.types.w;
+  norm(side, radii, kSam, cuda);
+  for (int i = 0; i < 5; ++i) expect(same(found[i], side.results[i]), c, "norm of the moments");
+}
+
 void run(const Case& c) {
   ++cases;
   Side cpu_side = make(c), cuda_side = make(c);
@@ -174,18 +213,8 @@ void run(const Case& c) {
   for (int i = 0; i < c.n_groups; ++i) radii.push_back({0.1 * (i + 1), 1.0 / (i + 1)});
   for (Side* side : {&cpu_side, &cuda_side}) {
     const NormState state = side->state(c.variant == kLayerwise);
-    in_batches<NormBatch>(side->entries, radii, [&](const NormBatch& batch, Types types) {
-      if (side == &cuda_side) {
-        cuda_norm(batch, state, types, c.variant, nullptr);
-        return;
-      }
-      cpu.norm(batch, state, types, c.variant, 0, batch.n_chunks);
-      for (uint32_t i = 0; i < batch.n_items; ++i) finish_tensor(batch, i, state, c.variant == kLayerwise);
-    });
-    if (side == &cpu_side)
-      finish_all(state, ordered_sum(state.contribution, state.n_tensors));
-    else
-      settle(c, cpu_side, cuda_side);
+    norm(*side, radii, c.variant, side == &cuda_side);
+    if (side == &cuda_side) settle(c, cpu_side, cuda_side);
     in_batches<PerturbBatch>(side->entries, {}, [&](const PerturbBatch& batch, Types types) {
       side == &cuda_side ? void(cuda_perturb(batch, state.coefficient, types, c.variant, nullptr))
                          : cpu.perturb(batch, state.coefficient, types, c.variant, true, 0, batch.n_chunks);
@@ -193,6 +222,8 @@ void run(const Case& c) {
   }
   compare(c, cpu_side, cuda_side, "perturb");
   c.adam ? update<Adam>(c, cpu_side, cuda_side) : update<Sgd>(c, cpu_side, cuda_side);
+  for (Side* side : {&cpu_side, &cuda_side})
+    if (c.sums) norm_of_moments(c, *side, radii, side == &cuda_side);
 
   const double square = 4;  // as if another device had tensors too
   const NormState a = cpu_side.state(c.variant == kLayerwise), b = cuda_side.state(c.variant == kLayerwise);
@@ -221,11 +252,11 @@ int main(int argc, char**) {
       for (bool adam : {false, true})
         run({.name = "types " + std::to_string(t) + " variant " + std::to_string(variant) + (adam ? " adam" : " sgd"),
              .types = all[t], .variant = variant, .sizes = t < 2 ? sizes : some, .shift = variant == kElementwise,
-             .adam = adam});
-  run({.name = "unaligned", .sizes = sizes, .shift = 1, .adam = true});
+             .adam = adam, .sums = variant == kSam});
+  run({.name = "unaligned", .sizes = sizes, .shift = 1, .adam = true, .sums = true});
   run({.name = "no momentum", .sizes = some, .moments = false});
-  run({.name = "overflowing squares", .sizes = some, .bad = 1e30});
-  run({.name = "nan", .variant = kElementwise, .sizes = some, .adam = true, .bad = NAN});
+  run({.name = "overflowing squares", .sizes = some, .bad = 1e30, .sums = true});
+  run({.name = "nan", .variant = kElementwise, .sizes = some, .adam = true, .bad = NAN, .sums = true});
   run({.name = "loss scale", .types = {kF16, kF16}, .sizes = some, .shift = 1, .scale = true});
   run({.name = "some without gradient", .sizes = some, .adam = true, .without_gradient = true});
   const int many = quick ? 9 : 70;  // more groups than a small batch has, and more than any batch has
