@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mup2_fused.layouts import LORA
+from mup2_fused.optimizer import SAM
 from mup2_fused.roles import Weight, describe
 from mup2_fused.theory import exponents
 from mup2_ref import MUP2, ROLES, Exponents, factors, initial_std, known
@@ -193,13 +194,25 @@ def _to_draw(name: str, p: nn.Parameter) -> bool:
     return p.requires_grad and not (LORA.search(name) and not p.any())
 
 
-def report(groups: list[dict[str, Any]]) -> str:
-    """A table with one row per parameter: name, shape, role, lr, rho, gradnorm_scaling ("-": not perturbed)."""
+def report(groups: list[dict[str, Any]] | SAM) -> str:
+    """A table with one row per parameter: name, shape, role, lr, rho, gradnorm_scaling ("-": not perturbed).
+
+    groups: made by param_groups(), or a SAM with such groups. For a SAM, a line below the table says how it climbs, and
+    how many forward-backward passes a step takes on average. KeyError for groups without names and roles.
+    """
     rows = [("name", "shape", "role", "lr", "rho", "gradnorm_scaling")]
-    for g in groups:
+    for g in groups.param_groups if isinstance(groups, SAM) else groups:
         for name, p in zip(g["names"], g["params"]):
             radius = (f"{g['rho']:.4g}", f"{g['gradnorm_scaling']:.4g}") if g["perturb"] else ("-", "-")
             lr = f"{g['lr']:.4g}" if "lr" in g else "-"
             rows.append((name, "x".join(map(str, p.shape)), g["role"], lr, *radius))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, _way_to_climb(groups)] if isinstance(groups, SAM) else lines)
+
+
+def _way_to_climb(optimizer: SAM) -> str:
+    if optimizer.moments:
+        return "SAM by momentum in every step, 1 pass per step"
+    k = optimizer.interval
+    return f"SAM in {f'1 of {k} steps' if k > 1 else 'every step'}, {1 + 1 / k:.4g} passes per step"

@@ -1,13 +1,17 @@
 """Is the product's optimizer the reference on this machine? `python -m mup2_fused.verify` prints a table and a verdict.
 
 mup2_fused.SAM is compared with mup2_ref.SAM on the same parameters and gradients, with each of its backends ("torch"
-and, where it is built, "compiled"), for every variant, and with SGD and AdamW:
+and, where it is built, "compiled"), for every variant, and with SGD with momentum and AdamW:
 
-    norm          the joint norm, against the reference's in float64
-    perturbation  w + e
-    restore       the weights after restore(), which must be the old ones bit for bit
-    update        weights and moments after one update
-    20 steps      weights and moments after 20 whole steps
+    norm                the joint norm, against the reference's in float64
+    perturbation        w + e
+    restore             the weights after restore(), which must be the old ones bit for bit
+    update              weights and moments after one update
+    20 steps            weights and moments after 20 whole steps
+    20 steps, interval  the same with SAM in every fourth step only
+    20 steps, momentum  the same with ascent="momentum"
+
+The reference has no interval and no ascent by momentum: sides.py writes them out around it.
 
 A result passes if it equals the reference's bit for bit ("exact"). It also passes if its worst error, measured against
 the reference in float64, is at most twice the reference's own error plus one unit in the last place. The exit status
@@ -20,25 +24,20 @@ scalar. Without a loss, a smooth function of the parameters takes its place.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import mup2_ref
-from mup2_fused import compiled_passes, torch_passes
-from mup2_fused.optimizer import SAM
+from mup2_fused import compiled_passes
+from mup2_fused.sides import BACKENDS, BASES, WAYS, Side, make_side, product_step
 from mup2_fused.user_code import Loss, attribute, model_and_loss
 
 STEPS = 20
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.01, nesterov=True)),
-    "adamw": (torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1, eps=1e-4)),  # in float16 the usual eps is 0
-}
-BACKENDS = ("torch", "compiled")
 
 
 class Row(NamedTuple):
@@ -70,7 +69,8 @@ class Odd(nn.Module):
 
 def smooth(model: nn.Module) -> Tensor:
     """A loss for models without data. Its gradient depends on the weights, so that the two passes differ."""
-    return sum((p.sin() + 0.1 * (p - 0.3) ** 2).sum() for p in model.parameters())  # type: ignore[return-value]
+    x = torch.cat([p.reshape(-1) for p in model.parameters()])
+    return (x.sin() + 0.1 * (x - 0.3) ** 2).sum()
 
 
 def error_and_bound(
@@ -93,110 +93,67 @@ def error_and_bound(
     return error, bound
 
 
-class Side(NamedTuple):
-    """One optimizer with its parameters, and a model of its own that computes the gradients.
+class Sides:
+    """All that is compared for one variant, base optimizer and way of climbing. The model is not changed."""
 
-    The float64 side has parameters in float64 beside a model in the type that is verified.
-    """
+    def __init__(
+        self, model: nn.Module, loss: Loss, variant: str, base: str, rho: float, backends: tuple[str, ...], way: str
+    ) -> None:
+        made = [make_side(model, loss, variant, base, rho, way, name) for name in ("reference", "exact", *backends)]
+        self.reference, self.exact, *self.products = made
+        self.variant, self.base, self.backends, self.way = variant, base, backends, way
 
-    model: nn.Module
-    params: list[nn.Parameter]
-    opt: Any  # the product's SAM or the reference's
-    loss: Loss
+    def rows(self, check: str, errors: Iterable[tuple[float, float]]) -> Iterator[Row]:
+        """A row for each backend. errors: (error, bound) of each."""
+        for name, error in zip(self.backends, errors):
+            yield Row(check, self.variant, self.base, name, *error)
 
-    def backward(self) -> None:
-        mine = [p for p in self.model.parameters() if p.requires_grad]
-        with torch.no_grad():
-            for p, q in zip(mine, self.params):
-                p.copy_(q)
-        self.model.zero_grad()
-        self.loss(self.model).backward()
-        for p, q in zip(mine, self.params):
-            q.grad = None if p.grad is None else p.grad.to(q.dtype)
+    def compare(self, check: str, results: Callable[[Side], list[Tensor]], steps: int = 1) -> Iterator[Row]:
+        """Rows for the results after so many steps."""
+        reference, exact = results(self.reference), results(self.exact)
+        return self.rows(check, [error_and_bound(results(side), reference, exact, steps) for side in self.products])
 
-    def whole_step(self) -> None:
-        self.backward()
-        self.opt.first_step()
-        self.backward()
-        self.opt.second_step()
+    def one_step(self) -> Iterator[Row]:
+        """A SAM step, with the reference's first gradient in both passes."""
+        sides = (self.reference, self.exact, *self.products)
+        before = self.reference.weights()
+        self.reference.backward()
+        for other in sides:
+            other.gradients_of(self.reference)
+        own, true, *norms = [each.first_step() for each in sides]
+        bound = 2 * abs(own / true - 1) + 1e-12
+        yield from self.rows("norm", [(0.0 if norm == own else abs(norm / true - 1), bound) for norm in norms])
+        yield from self.compare("perturbation", Side.weights)
+        for product in self.products:
+            product.opt.restore()
+        yield from self.rows("restore", [(different_bytes(side.weights(), before), 0) for side in self.products])
+        for product in self.products:
+            product.opt.first_step()
+        for each in sides:
+            each.opt.second_step()
+        yield from self.compare("update", Side.results)
 
-    def gradients_of(self, other: Side) -> None:
-        """Take the other side's gradients, so that optimizers are compared and not autograd."""
-        for p, q in zip(self.params, other.params):
-            p.grad = None if q.grad is None else q.grad.detach().clone().to(p.dtype)
-
-    def first_step(self) -> float:
-        """Take the first step, and return the joint norm that this side divided by."""
-        groups, variant = self.opt.param_groups, self.opt.variant
-        triples = [(p, p.grad, g["gradnorm_scaling"]) for g in groups for p in g["params"] if p.grad is not None]
-        formula = torch_passes.norm_of if isinstance(self.opt, SAM) else mup2_ref.joint_norm
-        norm = formula(triples, variant).item()
-        self.opt.first_step()
-        passes = getattr(self.opt, "passes", None)
-        return passes.norms()[0] if isinstance(passes, compiled_passes.CompiledPasses) else norm
-
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.params]
-
-    def results(self) -> list[Tensor]:
-        """Weights and the moments of the base optimizer."""
-        states = [(p, x) for p in self.params for x in self.opt.state[p].values()]
-        return self.weights() + [x.clone() for p, x in states if torch.is_tensor(x) and x.ndim == p.ndim]
-
-
-def side(model: nn.Module, loss: Loss, variant: str, base: str, rho: float, backend: str) -> Side:
-    """backend: one of BACKENDS, or "reference", or "exact" for the reference in float64."""
-    own = copy.deepcopy(model)
-    params = [p for p in own.parameters() if p.requires_grad]
-    if backend == "exact":
-        params = [nn.Parameter(p.detach().double()) for p in params]
-    groups = [  # two groups, so that factors differ
-        {"params": params[::2], "rho": rho, "gradnorm_scaling": 1.0},
-        {"params": params[1::2], "rho": 0.5 * rho, "gradnorm_scaling": 2.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    kind, kwargs = BASES[base]
-    if backend in BACKENDS:
-        return Side(own, params, SAM(groups, kind, variant=variant, backend=backend, **kwargs), loss)
-    return Side(own, params, mup2_ref.SAM(groups, kind, variant=variant, **kwargs), loss)
+    def whole_steps(self) -> Iterator[Row]:
+        """STEPS steps, each with gradients of its own."""
+        for number in range(STEPS):
+            for side in (self.reference, self.exact):
+                WAYS[self.way].written_out(side, number)
+            for side in self.products:
+                product_step(side)
+        yield from self.compare(f"{STEPS} {self.way}", Side.results, STEPS)
 
 
 def verify(
     model: nn.Module, loss: Loss, variant: str, base: str, rho: float = 0.1, backends: tuple[str, ...] = BACKENDS
 ) -> Iterator[Row]:
-    """Five rows for each backend, one variant and one base optimizer. The model is on its device, and not changed.
+    """The rows of one variant and one base optimizer, for each backend. The model is on its device, and not changed.
 
     Raises RuntimeError if the kernels are to be verified and cannot run on this model.
     """
-    names = ("reference", "exact", *backends)
-    reference, exact, *products = sides = [side(model, loss, variant, base, rho, name) for name in names]
-
-    def rows(check: str, errors: Callable[[Side], tuple[float, float]]) -> list[Row]:
-        return [Row(check, variant, base, name, *errors(product)) for name, product in zip(backends, products)]
-
-    def errors(results: Callable[[Side], list[Tensor]], steps: int = 1) -> Callable[[Side], tuple[float, float]]:
-        return lambda product: error_and_bound(results(product), results(reference), results(exact), steps)
-
-    before = reference.weights()
-    reference.backward()
-    for other in sides:
-        other.gradients_of(reference)
-    own, true, *norms = [each.first_step() for each in sides]
-    for name, norm in zip(backends, norms):
-        error = 0.0 if norm == own else abs(norm / true - 1)
-        yield Row("norm", variant, base, name, error, 2 * abs(own / true - 1) + 1e-12)
-    yield from rows("perturbation", errors(Side.weights))
-    for product in products:
-        product.opt.restore()
-    yield from rows("restore", lambda product: (different_bytes(product.weights(), before), 0))
-    for product in products:
-        product.opt.first_step()
-    for each in sides:
-        each.opt.second_step()
-    yield from rows("update", errors(Side.results))
-    for each in sides * (STEPS - 1):
-        each.whole_step()
-    yield from rows(f"{STEPS} steps", errors(Side.results, STEPS))
+    sides = partial(Sides, model, loss, variant, base, rho, backends)
+    yield from sides("steps").one_step()
+    for way in WAYS:
+        yield from sides(way).whole_steps()
 
 
 def different_bytes(xs: list[Tensor], ys: list[Tensor]) -> int:

@@ -20,6 +20,10 @@ power far from 0 then means that a role is wrong, or that muP does not make this
 --groups module:function checks your own groups and initial weights: function(model) returns the groups for SAM. They
 are compared with muP² groups on the same model, so that powers which small networks have anyway cancel.
 
+--ascent momentum measures the perturbation by the base optimizer's first moment, after the steps in which it forms.
+SGD has momentum 0.9 then. An interval between SAM steps, or a first pass on a part of the batch, changes none of these
+powers, and needs no check of its own.
+
 Models of the mup package are recognized if the factory calls mup.set_base_shapes. If something is wrong, the check
 names the layer and says what to change, and the exit status is 1.
 """

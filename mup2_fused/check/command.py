@@ -9,7 +9,7 @@ from typing import Any
 
 import mup2_fused.check
 from mup2_fused.check.report import plot
-from mup2_fused.check.run import BASES, check
+from mup2_fused.check.run import ASCENTS, BASES, check
 from mup2_fused.user_code import attribute
 from mup2_ref import VARIANTS
 
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--roles", type=_pairs, help="as for param_groups: 'embed.weight=input,w=in out'")
     p.add_argument("--base-optimizer", choices=list(BASES), default="sgd")
     p.add_argument("--variant", choices=VARIANTS, help="default: that of the groups, or sam")
+    p.add_argument("--ascent", choices=ASCENTS, default="gradient", help="as for SAM; SGD has momentum 0.9 then")
     p.add_argument("--lr", type=float, help="without --groups; default 0.05, Adam 0.001")
     p.add_argument("--rho", type=float, default=0.02, help="without --groups")
     p.add_argument("--steps", type=int, default=5, help="SAM steps before the one that is measured")

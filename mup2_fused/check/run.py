@@ -27,6 +27,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], float]] = {  # and the defau
     "sgd": (torch.optim.SGD, 0.05),
     "adam": (torch.optim.AdamW, 0.001),
 }
+ASCENTS = ("gradient", "momentum")
 
 
 @torch.random.fork_rng()
@@ -39,6 +40,7 @@ def check(
     roles: dict[str, str] | None = None,
     base_optimizer: str = "sgd",
     variant: str | None = None,
+    ascent: str = "gradient",
     lr: float | None = None,
     rho: float = 0.02,
     steps: int = 5,
@@ -54,19 +56,22 @@ def check(
     factory(width) -> a new model, or (model, loss). groups(model) -> your own parameter groups for SAM.
     own_init: keep the weights as the factory draws them, as with groups. roles: as for mup2_fused.param_groups.
     base_optimizer: "sgd" or "adam". variant: of SAM; None: the groups' own, or "sam".
+    ascent: "gradient", or "momentum" as for SAM. SGD then has momentum 0.9.
     lr (default 0.05, Adam's 0.001) and rho: for checks without groups. Own groups are compared with muP² groups that
     have the same values at the narrowest width. steps: SAM steps before the one that is measured.
     input_shape, vocabulary, batch: of random data. progress: wraps the list of runs, as tqdm does.
 
-    Raises ValueError for fewer than two widths, models that do not get wider or learn nothing, and for what
-    param_groups refuses; FloatingPointError for a loss that is not finite. Random states are as before afterwards.
+    Raises ValueError for fewer than two widths (or two steps with ascent="momentum"), for models that do not get wider
+    or learn nothing, and for what param_groups and SAM refuse; FloatingPointError for a loss that is not finite. Random
+    states are as before afterwards.
     """
     widths = sorted(set(widths))
     if len(widths) < 2 or seeds < 1:
         raise ValueError(f"an exponent takes at least two widths and one seed, not {widths} and {seeds}")
     data = partial(random_data, shape=input_shape, vocabulary=vocabulary, batch=batch)
     usual_lr = BASES[known(base_optimizer, BASES)][1]
-    study = Study(factory, groups, own_init or groups is not None, roles, base_optimizer, variant, steps, data, device)
+    keep = own_init or groups is not None
+    study = Study(factory, groups, keep, roles, base_optimizer, variant, ascent, steps, data, device)
     study.prepare(widths, {"lr": lr or usual_lr, "rho": rho})
     return study.report(study.measure(widths, seeds, progress))
 
@@ -81,12 +86,15 @@ class Study:
     roles: dict[str, str] | None
     base_optimizer: str
     variant: str | None
+    ascent: str
     steps: int
     data: Callable[..., Loss]
     device: str
 
     def prepare(self, widths: list[int], start: dict[str, float]) -> None:
         """What is the same for all runs. start: lr and rho at the narrowest width, for checks without groups."""
+        if self.ascent == "momentum" and self.steps < 2:  # one step leaves the moments below a readout of zeros at 0
+            raise ValueError(f"with ascent='momentum', moments must form in 2 steps or more first, not in {self.steps}")
         narrow, self.wide = (model_and_loss(self.factory(width))[0] for width in (widths[0], widths[-1]))
         if [p.shape for p in narrow.parameters()] == [p.shape for p in self.wide.parameters()]:
             raise ValueError(f"the factory makes models of the same shapes at widths {widths[0]} and {widths[-1]}")
@@ -105,7 +113,9 @@ class Study:
     def optimizer(self, groups: Any) -> SAM:
         if isinstance(groups, torch.optim.Optimizer) or not hasattr(groups, "__iter__"):
             raise TypeError(f"groups(model) returns parameter groups, as for SAM, not {type(groups).__name__}")
-        return SAM(groups, BASES[self.base_optimizer][0], variant=self.variant)
+        has_none = self.base_optimizer == "sgd" and self.ascent == "momentum"
+        moment: dict[str, Any] = {"momentum": 0.9} if has_none else {}
+        return SAM(groups, BASES[self.base_optimizer][0], variant=self.variant, ascent=self.ascent, **moment)
 
     def measure(self, widths: list[int], seeds: int, progress: Callable[[list[Any]], Any]) -> Measurements:
         sides = [False] if self.groups is None else [False, True]

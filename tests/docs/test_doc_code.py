@@ -1,5 +1,6 @@
 """The Python code of README.md and docs/*.md runs, page by page, and does what the text beside it says."""
 
+import copy
 import re
 from functools import partial
 
@@ -84,7 +85,7 @@ def test_cheaper_steps():
         return loss
 
     names["closure"] = closure
-    interval, loop, part, momentum, momentum_loop = blocks("docs/cheaper-sam.md")
+    interval, loop, part, momentum, momentum_loop, *_ = blocks("docs/cheaper-sam.md")
     for code, expected in (
         (interval + loop, [8, 8, 8]),  # of the two steps, the first one is a SAM step
         ("opt = mup2.SAM(groups)\n" + part.replace("samples=16", "samples=2"), [2, 8, 2, 8]),
@@ -96,6 +97,40 @@ def test_cheaper_steps():
         assert_changed(names["model"], before)
         assert passes == expected, code
         passes.clear()
+
+
+@pytest.mark.parametrize("way", [dict(interval=4), dict(ascent="momentum")], ids=str)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_cheaper_steps_written_out(base, way):
+    """The two loops are the product's steps, in float64."""
+    x, y = DATA[0]
+    model, base_model = mup2.MLP(5, 64, 3).double(), mup2.MLP(5, 16, 3)
+    other = copy.deepcopy(model)
+
+    def closure_of(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.double()), y)
+            loss.backward()
+            return loss
+
+        return closure
+
+    scaling = mup2.exponents(base_optimizer="sgd" if base is torch.optim.SGD else "adam")
+    groups, same = (mup2.param_groups(m, base_model, scaling, lr=0.01, rho=0.1) for m in (model, other))
+    kwargs = dict(momentum=0.9) if base is torch.optim.SGD else {}
+    opt = mup2.SAM(groups, base, **way, **kwargs)
+    names = {"torch": torch, "steps": 10, "base": base(same, **kwargs)}
+    names["closure"] = closure_of(other, names["base"])
+    *_, functions, interval, momentum = blocks("docs/cheaper-sam.md")
+    code = functions + (interval if "interval" in way else momentum)
+    exec(code if base is torch.optim.SGD else code.replace("momentum_buffer", "exp_avg"), names)
+    start = weights(model)
+    for _ in range(10):
+        opt.step(closure_of(model, opt))
+    assert_changed(model, start)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
 def test_table_of_scalings():
@@ -284,7 +319,7 @@ def test_every_page_with_code_is_run():
     assert {page: n for page, n in pages.items() if n} == {
         "README.md": 1,
         "docs/training.md": 13,
-        "docs/cheaper-sam.md": 5,
+        "docs/cheaper-sam.md": 8,
         "docs/frameworks.md": 5,
         "docs/networks.md": 2,
         "docs/mup-package.md": 2,

@@ -1,5 +1,7 @@
 """`python -m mup2_fused.verify`: it passes here, for all types, and it fails when something is wrong."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import mup2_fused
 from mup2_fused import compiled_passes, verify
 from mup2_ref import VARIANTS
 
-CHECKS = ["norm", "perturbation", "restore", "update", "20 steps"]
+CHECKS = ["norm", "perturbation", "restore", "update", "20 steps", "20 steps, interval", "20 steps, momentum"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -43,7 +45,52 @@ def test_it_fails_when_something_is_wrong(backend, monkeypatch, capsys):
     monkeypatch.setattr(verify, "STEPS", 2)
     assert verify.main(["--backend", backend]) == 1
     printed = capsys.readouterr().out
-    assert "restore       sam          sgd    " + backend in printed and "FAILED: " in printed
+    assert re.search(rf"restore +sam +sgd +{backend} .*FAILED", printed) and "FAILED: " in printed
+
+
+def against(before, p):
+    """w - e where w + e is."""
+    p.copy_(2 * before - p)
+
+
+def flatten(before, p):
+    """w where w + e is."""
+    p.copy_(before)
+
+
+def after_climbing(change):
+    """SAM._climb, with which ascent by momentum goes wrong."""
+    climb = mup2_fused.SAM._climb
+
+    @torch.no_grad()
+    def wrong(optimizer, groups, process_group):
+        climb(optimizer, groups, process_group)
+        for p, before in optimizer.phase.backups if optimizer.moments else ():
+            change(before, p)
+
+    return wrong
+
+
+MISTAKES = {  # name -> (attribute of SAM, its wrong value, the check that must fail)
+    "along the momentum": ("_climb", after_climbing(against), "momentum"),
+    "no climb by momentum": ("_climb", after_climbing(flatten), "momentum"),
+    "by another moment": ("moments", property(lambda opt: opt.moment and (opt.state, "exp_avg_sq")), "momentum"),
+    "always SAM": ("climbs", True, "interval"),
+    "never SAM": ("climbs", False, "interval"),
+    "SAM in every second step": ("climbs", property(lambda opt: opt.phase.steps % 2 == 0), "interval"),
+    "SAM in the last step of an interval": ("climbs", property(lambda opt: opt.phase.steps % 4 == 3), "interval"),
+}
+
+
+@pytest.mark.parametrize("backend", verify.BACKENDS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_it_fails_when_cheaper_steps_are_wrong(mistake, backend, monkeypatch):
+    """And only for the way of climbing that is wrong."""
+    attribute, value, failing = MISTAKES[mistake]
+    monkeypatch.setattr(mup2_fused.SAM, attribute, value)
+    base = "adamw" if mistake == "by another moment" else "sgd"
+    rows = list(verify.verify(verify.Odd(), verify.smooth, "sam", base, backends=(backend,)))
+    assert [r.check for r in rows if not r.passed] == [f"20 steps, {failing}"]
 
 
 def test_without_the_compiled_part_it_verifies_the_other_and_says_so(monkeypatch, capsys):
@@ -53,7 +100,7 @@ def test_without_the_compiled_part_it_verifies_the_other_and_says_so(monkeypatch
     assert verify.main([]) == 0
     printed = capsys.readouterr().out
     assert "The compiled backend is not verified: the compiled part is missing: build it." in printed
-    assert "Passed: 30 checks, 30 exact" in printed
+    assert "Passed: 42 checks, 42 exact" in printed
     with pytest.raises(RuntimeError, match="build it"):
         verify.main(["--backend", "compiled"])
 

@@ -104,6 +104,20 @@ def test_adaptive_variants_pass(variant):
     assert check(Net, WIDTHS, groups=correct(exponents(variant=variant))).passed, "the groups tell the variant"
 
 
+@pytest.mark.parametrize("base_optimizer", ["sgd", "adam"])
+def test_ascent_by_momentum_passes(base_optimizer):
+    """The factors that are right for the gradient are right for the moments, which are sums of gradients."""
+    options = dict(base_optimizer=base_optimizer, seeds=2)
+    report = check(lambda n: MLP(20, n, 10), WIDTHS, ascent="momentum", **options)
+    assert report.passed, str(report)
+    powers = [r.slopes["perturbation"].value for r in report.rows]
+    assert powers == pytest.approx([0.0] * 4, abs=0.2), str(report)
+    along_gradients = check(lambda n: MLP(20, n, 10), WIDTHS, **options)
+    assert report.rows[1].values["perturbation"] != along_gradients.rows[1].values["perturbation"]
+    own = check(Net, WIDTHS, groups=correct(exponents(base_optimizer=base_optimizer)), ascent="momentum", **options)
+    assert own.passed, str(own)
+
+
 def default_biases(model):
     """torch's, which are harmless."""
     biases = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim == 1}
@@ -241,6 +255,10 @@ def test_nothing_to_measure_is_no_success():
     assert len(check(factory, [32, 64], own_init=True).rows) == 9
     with pytest.raises(ValueError, match="one seed"):
         check(Net, [32, 64], seeds=0)
+    with pytest.raises(ValueError, match=r"moments must form in 2 steps or more first, not in 1"):
+        check(Net, [32, 64], ascent="momentum", steps=1)
+    with pytest.raises(ValueError, match="unknown name 'moment'"):
+        check(Net, [32, 64], ascent="moment")
     for bad in (lambda model: None, lambda model: torch.optim.SGD(model.parameters())):
         with pytest.raises(TypeError, match="groups.model. returns parameter groups"):
             check(Net, [32, 64], groups=bad)
@@ -302,6 +320,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert command.main(["my_model:with_loss", *options]) == 2
     assert "no parameter has a gradient" in capsys.readouterr().err
     assert command.main(["my_model:with_loss", *options, "--own-init"]) == 1  # torch's default weights
+    assert command.main(["my_model:factory", *options, "--ascent", "momentum"]) == 0
+    assert command.main(["my_model:factory", *options, "--ascent", "momentum", "--steps", "0"]) == 2
+    assert "with ascent='momentum', moments must form" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["check", "my_model:factory", *options, "--groups", "my_model:groups"])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("mup2_fused.check")  # as python -m mup2_fused.check

@@ -85,6 +85,24 @@ MISTAKES = {
         {"perturbation": (*INPUT, *HIDDEN, *HEAD)},
         f"SAM without muP².*first.weight.*perturbation vanishes as .*, {NOT_REACHED}",
     ),
+    "SAM by momentum without muP²": Mistake(
+        correct(exponents("mup", "naive")),
+        {"perturbation": (*INPUT, *HIDDEN, *HEAD)},
+        f"SAM without muP².*first.weight.*perturbation vanishes as .*, {NOT_REACHED}.*head.weight: .*it will blow up",
+        dict(ascent="momentum"),
+    ),
+    "SAM by Adam's moment without muP²": Mistake(
+        correct(exponents("mup", "naive", base_optimizer="adam")),
+        {"perturbation": (*INPUT, *HIDDEN, *HEAD)},
+        f"SAM without muP².*first.weight.*perturbation vanishes as .*, {NOT_REACHED}.*head.weight: .*it will blow up",
+        dict(ascent="momentum", base_optimizer="adam"),
+    ),
+    "gradnorm_scaling lost, by momentum": Mistake(
+        without("gradnorm_scaling"),
+        {"perturbation": ALL, "norm share": HEAD},
+        r"all perturbations change alike, as n\^\(-1/2\).*'head.weight'.*gradnorm_scaling must go with rho",
+        dict(ascent="momentum"),
+    ),
     "global radius": Mistake(correct(exponents("mup", "global")), {"perturbation": (*INPUT, *HIDDEN)}, NOT_REACHED),
     "base model as wide as the model": Mistake(
         base_as_wide, WRONG_RATES, "base model is as wide as the model. Build the base model at one fixed width"
@@ -146,7 +164,15 @@ MISTAKES = {
         ELEMENTWISE,
     ),
 }
-LEARNING_RATES_ARE_RIGHT = ("SAM without muP²", "global radius", "gradnorm_scaling lost", "one radius, muP²'s norm")
+LEARNING_RATES_ARE_RIGHT = (
+    "SAM without muP²",
+    "SAM by momentum without muP²",
+    "SAM by Adam's moment without muP²",
+    "global radius",
+    "gradnorm_scaling lost",
+    "gradnorm_scaling lost, by momentum",
+    "one radius, muP²'s norm",
+)
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mup2_fused import MLP, exponents, init_, param_groups, predict, report
+from mup2_fused import MLP, SAM, exponents, init_, param_groups, predict, report
 from mup2_fused.roles import tied
 from mup2_ref import MUP2
 
@@ -288,6 +288,14 @@ def test_report():
     assert rows["name"] == ["shape", "role", "lr", "rho", "gradnorm_scaling"]
     assert rows["head.weight"] == ["3x32", "output", "0.025", "0.05", "0.5"]
     assert rows["position"] == ["1x4x32", "input", "0.4", "-", "-"]
+    for way, said in (
+        (dict(), "SAM in every step, 2 passes per step"),
+        (dict(interval=4), "SAM in 1 of 4 steps, 1.25 passes per step"),
+        (dict(ascent="momentum", momentum=0.9), "SAM by momentum in every step, 1 pass per step"),
+    ):
+        assert report(SAM(groups, **way)).splitlines() == [*lines, said]
+    with pytest.raises(KeyError, match="names"):
+        report(SAM(model.parameters()))
 
 
 def test_initial_scale_of_layers_that_grow_unevenly():
