@@ -24,7 +24,8 @@ THREADS = 256  # kThreads in csrc/core/batches.h
 # Compute capability 8.6, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 REGISTERS, WARPS, BLOCKS, REGISTER_UNIT = 65536, 48, 16, 256  # a warp gets a multiple of REGISTER_UNIT registers
 TYPES, SIZES = {"float": "fp32", "mup2::BFloat16": "bf16"}, {"fp32": 4, "bf16": 2}
-MOVED = {  # kernel, first template argument, and whether it sums the moment's squares -> name, values read and written per parameter
+# Kernel, first template argument, whether it sums the moment's squares -> name, values read and written per parameter.
+MOVED = {
     ("norm", "0", ""): ("norm", 1),
     ("norm", "1", ""): ("norm, elementwise", 2),
     ("norm", "2", ""): ("norm, layerwise", 2),

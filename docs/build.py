@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import a10g, step_time
-from experiments import demo, epoch_time_tables, frontier_report, optima, sweep, transfer
+from experiments import demo, epoch_time_tables, frontier, frontier_report, frontier_transfer, optima, sweep, transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
@@ -97,6 +97,27 @@ def exponents() -> str:
         f"In all {rows} rows of the paper's tables that were measured, at widths {first} to {last}, the predicted "
         f"exponents of the width\nare right within {result['worst']:.3f}."
     )
+
+
+def frontiers() -> dict[str, dict[str, Any]]:
+    """The results of experiments.frontier by the setting's name, as far as they are finished."""
+    paths = {name: RESULTS / f"frontier_{name}.json" for name in frontier.SETTINGS}
+    return {name: load(path) for name, path in paths.items() if path.exists()}
+
+
+def frontier_table(name: str) -> str:
+    result = frontiers()[name]
+    return frontier_report.format_table(result["rows"], result["setting"]["wide"])
+
+
+def frontier_summary(chosen: tuple[str, ...] = ()) -> str:
+    rows = {result["setting"]["title"]: result["rows"] for result in frontiers().values()}
+    return frontier_report.format_summary(rows, chosen)
+
+
+def frontier_transfer_table() -> str:
+    (path,) = RESULTS.glob("frontier_transfer_*.json")
+    return frontier_transfer.format_table(load(path)["rows"])
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -191,7 +212,10 @@ def a10g_tables() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{path.stem: partial(transfer_table, path.stem) for path in sorted(RESULTS.glob("transfer_*.json"))},
     "demo_caption": demo_caption,
-    "frontier": lambda: frontier_report.format_table(load(RESULTS / "frontier_mnist1d.json")["rows"]),
+    "frontier": frontier_summary,
+    "key_frontier": partial(frontier_summary, ("base", "momentum", "interval-8", "interval-4", "sam")),
+    **{f"frontier_{name}": partial(frontier_table, name) for name in frontiers()},
+    "frontier_transfer": frontier_transfer_table,
     "demo": demo_table,
     "key_transfer": key_transfer,
     "exponents": exponents,

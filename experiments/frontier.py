@@ -1,7 +1,7 @@
 """What cheaper ways of SAM keep of its gain: test accuracy over the number of passes that a training step takes.
 
     python -m experiments.frontier                          the committed results
-    python -m experiments.frontier --settings fashion       one setting of them; resnet and vit are further ones
+    python -m experiments.frontier --settings fashion       one setting of them
     python -m experiments.frontier --settings mnist1d --ways interval-4 part-16 --seeds 2 --out runs      a part of one
 
 SAM takes two passes. A SAM step in every k-th step only, a first pass on a part of the batch, climbing along momentum
@@ -9,8 +9,9 @@ without a first pass, and SAM in the last part of training only take fewer. Each
 best on a grid of factors of 2, and of sqrt(2) for rho near the best one: the search moves on until all neighbours are
 worse, so that no best lies on an edge. It sees seeds 0 and 1; what is reported comes from the seeds after them. Without
 SAM the network is trained for as many epochs, and for twice as many, which costs what SAM costs. Times are those of
-steps in one process, in which the ways take turns. Every finished run is appended to OUT/frontier_SETTING.jsonl: the
-same command goes on where it was interrupted. Times are kept in OUT/frontier_SETTING.json.
+steps in one process, in which the ways take turns, at the width that is trained and at a larger one. Every finished run
+is appended to OUT/frontier_SETTING.jsonl: the same command goes on where it was interrupted. Times are kept in
+OUT/frontier_SETTING.json.
 """
 
 import argparse
@@ -43,28 +44,32 @@ from experiments.sweep import (
 from experiments.training import BACKENDS, check_device
 
 CHOOSING = (0, 1)  # seeds
-TIMED_STEPS, TIMED_ROUNDS = 32, 30  # a multiple of all intervals
+TIMED_STEPS = 32  # per round: a multiple of all intervals
+TIMED_ROUNDS = {"time": 30, "wide_time": 5}
 
 
 class Setting(NamedTuple):
     """What is trained, and where the search for the best lr and rho starts."""
 
+    title: str
     network: str
     data: str
     width: int
     epochs: int
     lr: float
     rho: float
+    wide: int  # the width at which times are measured, too, because passes take nearly all of a step there
+    ways: tuple[str, ...] = tuple(WAYS)
 
 
+FEWER = ("sam", "interval-2", "interval-4", "interval-8", "part-4", "part-16", "momentum", "late-2")
 SETTINGS = {
-    "mnist1d": Setting("mlp", "mnist1d", 256, 60, 0.4, 0.4),
-    "mnist1d-momentum": Setting("mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4),
-    "fashion": Setting("mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2),
-    "resnet": Setting("resnet", "noisy-digits", 16, 12, 0.1, 0.1),
-    "vit": Setting("vit", "noisy-digits", 32, 24, 0.01, 0.03),
+    "mnist1d": Setting("MNIST-1D, SGD without momentum", "mlp", "mnist1d", 256, 60, 0.4, 0.4, 1024),
+    "mnist1d-momentum": Setting("MNIST-1D, SGD", "mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4, 1024),
+    "fashion": Setting("Fashion-MNIST, SGD", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER),
+    "resnet": Setting("ResNet-18, SGD", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER),
+    "vit": Setting("ViT, AdamW", "vit", "noisy-digits", 32, 24, 0.01, 0.03, 128, FEWER),
 }
-COMMITTED = ["mnist1d", "mnist1d-momentum", "fashion"]
 
 
 class Point(NamedTuple):
@@ -83,21 +88,23 @@ STEPS = (2, 1)  # first factors of 2 for rho, then of sqrt(2)
 class Frontier:
     """The runs of one setting, and the search for each way's best point."""
 
+    file, method, lr_moves = "frontier", "muP²", [(1, 0), (-1, 0)]
+
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         setting = SETTINGS[name]
         self.setting = setting._replace(width=args.width or setting.width, epochs=args.epochs or setting.epochs)
-        self.name, self.seeds, self.path = name, args.seeds, args.out / f"frontier_{name}.jsonl"
+        self.name, self.seeds, self.path = name, args.seeds, args.out / f"{self.file}_{name}.jsonl"
         self.place = Place(device=args.device, backend=args.backend, jobs=args.jobs)
         self.runs = read_runs(self.path)
         network = NETWORKS[setting.network]
         can_momentum = network.momentum > 0 or network.base_optimizer == "adam"
-        self.ways = [way for way in args.ways if WAYS[way].ascent == "gradient" or can_momentum]
+        self.ways = [way for way in args.ways or setting.ways if WAYS[way].ascent == "gradient" or can_momentum]
 
     def run(self, way: str, point: Point, seed: int) -> Run:
         s, alone = self.setting, way in (BASE, LONGER)
         epochs = s.epochs * (2 if way == LONGER else 1)
         lr, rho = (float(f"{x:.4g}") for x in (s.lr * 2.0**point.lr, s.rho * 2.0 ** (point.rho / 2)))
-        method, rho, way = (ALONE["mup"], 0.0, "sam") if alone else ("muP²", rho, way)
+        method, rho, way = (ALONE["mup"], 0.0, "sam") if alone else (self.method, rho, way)
         return Run(s.data, method, s.width, lr, rho, seed, epochs, s.network, way)
 
     def values(self, way: str, point: Point, seeds: Iterable[int]) -> list[float] | None:
@@ -110,7 +117,7 @@ class Frontier:
 
         There are none if all neighbours, which differ by a factor of 2 in lr or by this step in rho, are worse.
         """
-        moves = [(1, 0), (-1, 0)] + [(0, step), (0, -step)] * (way not in (BASE, LONGER))
+        moves = self.lr_moves + [(0, step), (0, -step)] * (way not in (BASE, LONGER))
         while True:
             around = [point, *map(point.moved, moves)]
             known = {p: values for p in around if (values := self.values(way, p, CHOOSING))}
@@ -145,16 +152,26 @@ class Frontier:
         return found | self.best({way: sam.moved((0, round(2 * math.log2(WAYS[way].factor)))) for way in others})
 
     def rows(self, points: dict[str, Point], seeds: int) -> list[dict[str, Any]]:
-        """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy."""
+        """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy, None for one seed."""
         found = {way: self.values(way, point, reported(seeds)) for way, point in points.items()}
-        base, sam = (statistics.fmean(found[way]) for way in (BASE, "sam"))
-        rows = []
-        for way, values in found.items():
-            run, mean = self.run(way, points[way], 0), statistics.fmean(values)
-            error = statistics.stdev(values) / math.sqrt(seeds) if seeds > 1 else None
-            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean, "error": error}
-            rows.append(row | {"seeds": seeds, "kept": (mean - base) / (sam - base) if sam > base else None})
+        means = {way: statistics.fmean(values) for way, values in found.items()}
+        errors = {way: standard_error(values) for way, values in found.items()}
+        gain, rows = means["sam"] - means[BASE], []
+        for way, mean in means.items():
+            run, kept, kept_error = (
+                self.run(way, points[way], 0),
+                (mean - means[BASE]) / gain if gain > 0 else None,
+                None,
+            )
+            if kept is not None and seeds > 1:
+                kept_error = math.hypot(errors[way], kept * errors["sam"], (1 - kept) * errors[BASE]) / gain
+            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean}
+            rows.append(row | {"error": errors[way], "seeds": seeds, "kept": kept, "kept_error": kept_error})
         return rows
+
+
+def standard_error(values: list[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def reported(seeds: int) -> range:
@@ -166,18 +183,18 @@ def passes(way: str) -> float:
     return {BASE: 1.0, LONGER: 2.0}[way] if way in (BASE, LONGER) else WAYS[way].passes
 
 
-def times(frontier: Frontier, points: dict[str, Point]) -> dict[str, float]:
+def times(frontier: Frontier, points: dict[str, Point], width: int, rounds: int) -> dict[str, float]:
     """Median time of a training step, as a multiple of the one without SAM. The ways take turns, in changing order."""
     train, _ = data_on(frontier.setting.data, None, frontier.place.device)
-    steps = min(TIMED_STEPS, len(train[1]) // BATCH)
-    batches = [tuple(t[:BATCH] for t in train)] * steps
-    models = {way: trainings(frontier.run(way, p, 0), train, frontier.place) for way, p in points.items()}
+    batches = [tuple(t[:BATCH] for t in train)] * TIMED_STEPS
+    runs = {way: frontier.run(way, p, 0)._replace(width=width) for way, p in points.items()}
+    models = {way: trainings(run, train, frontier.place) for way, run in runs.items()}
     seconds: dict[str, list[float]] = {way: [] for way in models}
     threads, order = torch.get_num_threads(), random.Random(0)
     torch.set_num_threads(1)
-    for _ in range(1 + TIMED_ROUNDS):  # memory is allocated in the first one
+    for _ in range(1 + rounds):  # memory is allocated in the first one
         for way in order.sample([*models], len(models)):
-            first = 0 if way in (BASE, LONGER) else WAYS[way].first_epoch(steps)
+            first = 0 if way in (BASE, LONGER) else WAYS[way].first_epoch(TIMED_STEPS)
             begin = time.perf_counter()
             for training, some in zip(models[way], (batches[:first], batches[first:])):
                 if some:
@@ -188,24 +205,30 @@ def times(frontier: Frontier, points: dict[str, Point]) -> dict[str, float]:
     return {way: statistics.median(r) * (2 if way == LONGER else 1) for way, r in ratios.items()}
 
 
-def known_times(path: Path) -> dict[str, float]:
+def known_times(path: Path) -> dict[str, dict[str, float]]:
     if not path.exists():
         return {}
     return read_json(path, ("times",), "remove this file, and the same command measures its times again")["times"]
 
 
+def all_times(frontier: Frontier, points: dict[str, Point]) -> dict[str, dict[str, float]]:
+    """Both kinds of times of each way. Those that a file has are not measured again."""
+    known, setting = known_times(frontier.path.with_suffix(".json")), frontier.setting
+    if known.keys() == TIMED_ROUNDS.keys() and all(found.keys() >= points.keys() for found in known.values()):
+        return known
+    widths = {"time": setting.width, "wide_time": max(setting.width, setting.wide)}
+    return {kind: times(frontier, points, widths[kind], rounds) for kind, rounds in TIMED_ROUNDS.items()}
+
+
 def report(frontier: Frontier, points: dict[str, Point], seeds: int) -> str:
     """Write the table and the figure. Returns the table."""
-    path = frontier.path.with_suffix(".json")
-    known = known_times(path)
-    if not known.keys() >= points.keys():
-        known = times(frontier, points)
-    rows = [row | {"time": known[row["way"]]} for row in frontier.rows(points, seeds)]
+    path, known = frontier.path.with_suffix(".json"), all_times(frontier, points)
+    rows = [row | {kind: known[kind][row["way"]] for kind in known} for row in frontier.rows(points, seeds)]
     runs = [frontier.runs[frontier.run(way, p, seed)] for way, p in points.items() for seed in reported(seeds)]
     places = {key: sorted({row[key] for row in runs}) for key in ("device", "date")}
     write_json(path, {"setting": frontier.setting._asdict(), "rows": rows, "times": known} | places)
     plot(rows, heading(frontier.setting), frontier.path.with_suffix(".png"))
-    return format_table(rows)
+    return format_table(rows, frontier.setting.wide)
 
 
 def heading(setting: Setting) -> str:
@@ -217,8 +240,8 @@ def heading(setting: Setting) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--settings", nargs="+", choices=SETTINGS, default=COMMITTED)
-    add("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="SAM and the base optimizer alone are always there")
+    add("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    add("--ways", nargs="+", choices=WAYS, help="default the setting's; SAM and the optimizer alone are always there")
     add("--seeds", type=at_least(1, int), default=6, help="that are reported, after the two of the search")
     add("--epochs", type=at_least(1, int), help="default the setting's")
     add("--width", type=at_least(1, int), help="default the setting's")

@@ -24,9 +24,9 @@ class Kind(NamedTuple):
 KINDS = [
     Kind(ALONE[BASE], (BASE, LONGER), "black", "X"),
     Kind("SAM", ("sam",), figures.COLOURS[1], "*"),
-    Kind("SAM in every k-th step", ("interval-8", "interval-4", "interval-2"), figures.COLOURS[3], "o"),
-    Kind("first pass on a part of the batch", ("part-32", "part-16", "part-4"), figures.COLOURS[4], "s", (7, -13)),
-    Kind("both of these", ("interval-4-part-4",), figures.COLOURS[5], "P", (-7, 5)),
+    Kind("SAM in every k-th step", ("interval-8", "interval-4", "interval-2"), figures.COLOURS[3], "o", (7, -13)),
+    Kind("first pass on a part of the batch", ("part-32", "part-16", "part-4"), figures.COLOURS[4], "s", (-7, 5)),
+    Kind("every 4th step, 1/4 of the batch", ("interval-4-part-4",), figures.COLOURS[5], "P"),
     Kind("SAM late in training", ("late-4", "late-2"), figures.COLOURS[2], "^", (7, -13)),
     Kind("momentum in place of a first pass", ("momentum",), figures.COLOURS[0], "D"),
 ]
@@ -38,27 +38,58 @@ def title(way: str) -> str:
 
 def label(way: str) -> str:
     """Beside a point of the figure, whose kind the legend names."""
-    if way in (BASE, "sam", "momentum"):
+    if way in (BASE, "sam", "interval-4-part-4", "momentum"):
         return ""
     if way == LONGER:
         return "twice the\nepochs"
     w = WAYS[way]
-    parts = [f"k = {w.interval}"] * (w.interval > 1) + [f"1/{w.part}"] * (w.part > 1) + [w.title] * (w.late < 1)
-    return ", ".join(parts)
+    return w.title if w.late < 1 else f"k = {w.interval}" if w.interval > 1 else f"1/{w.part}"
 
 
-def format_table(rows: list[Row]) -> str:
-    """Markdown, the cheapest ways first."""
-    head = "| | passes | time | lr | rho | accuracy % (± standard error) | of SAM's gain |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for r in sorted(rows, key=lambda row: (row["passes"], -row["accuracy"])):
+def in_order(rows: list[Row]) -> list[Row]:
+    """The cheapest ways first."""
+    return sorted(rows, key=lambda row: (row["passes"], -row["accuracy"]))
+
+
+def kept(row: Row) -> str:
+    """The share of SAM's gain, with its standard error. Empty where this says nothing."""
+    if row["kept"] is None or row["way"] in (BASE, "sam"):
+        return ""
+    error = "" if row["kept_error"] is None else f" ± {100 * row['kept_error']:.0f}"
+    return f"{100 * row['kept']:.0f}{error} %"
+
+
+def format_table(rows: list[Row], wide: int) -> str:
+    """Markdown. wide: the width of the second column of times."""
+    times = f"time | time at width {wide}"
+    lines = [f"| | passes | {times} | lr | rho | accuracy % (± standard error) | of SAM's gain |", "|---" * 8 + "|"]
+    for r in in_order(rows):
         error = "" if r["error"] is None else f" ± {r['error']:.2f}"
         accuracy = f"{r['accuracy']:.2f}{error} ({r['seeds']})"
-        kept = "" if r["kept"] is None or r["way"] in (BASE, "sam") else f"{100 * r['kept']:.0f} %"
-        rho = f"{r['rho']:.3g}" if r["rho"] else ""
-        numbers = f"{r['passes']:.2f} | {r['time']:.2f} | {r['lr']:g} | {rho} | {accuracy} | {kept} |"
-        lines.append(f"| {title(r['way'])} | {numbers}")
+        rho, times = f"{r['rho']:.3g}" if r["rho"] else "", f"{r['time']:.2f} | {r['wide_time']:.2f}"
+        lines.append(
+            f"| {title(r['way'])} | {r['passes']:.2f} | {times} | {r['lr']:g} | {rho} | {accuracy} | {kept(r)} |"
+        )
     return "\n".join(lines)
+
+
+def format_summary(settings: dict[str, list[Row]], chosen: tuple[str, ...] = ()) -> str:
+    """Markdown: each way's time at the large width, and the share of SAM's gain that it keeps, in each setting.
+
+    settings: the rows by the setting's title. chosen: the ways; default all.
+    """
+    lines = [f"| | passes | {' | '.join(settings)} |", "|---" * (2 + len(settings)) + "|"]
+    ways = {row["way"]: row for rows in settings.values() for row in rows if not chosen or row["way"] in chosen}
+    by_way = [{row["way"]: row for row in rows} for rows in settings.values()]
+    for way, any_row in sorted(ways.items(), key=lambda item: (item[1]["passes"], [*ALONE, *WAYS].index(item[0]))):
+        cells = [summary_cell(rows[way]) if way in rows else "" for rows in by_way]
+        lines.append(f"| {title(way)} | {any_row['passes']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary_cell(row: Row) -> str:
+    accuracy = f"{row['accuracy']:.1f} % accuracy" if row["way"] in (BASE, "sam") else kept(row)
+    return f"{row['wide_time']:.2f}: {accuracy}"
 
 
 def plot(rows: list[Row], heading: str, path: Path) -> None:

@@ -167,10 +167,11 @@ def trainings(run: Run, train: data.Split, place: Place) -> tuple[Training, Trai
     model, optimizer = build(run, x, int(y.max()) + 1, place.backend)
     steps = run.epochs * math.ceil(len(x) / BATCH)
     cosine = NETWORKS[run.network].schedule == "cosine"
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
+    base = getattr(optimizer, "base_optimizer", optimizer)  # which makes every step, with SAM and before
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(base, steps) if cosine else None
     example = (x[:BATCH], y[:BATCH]) if place.graph and run.rho else None
     part = {} if WAYS[run.way].part == 1 or run.rho == 0 else {"ascent_samples": BATCH // WAYS[run.way].part}
-    before = Training(model, getattr(optimizer, "base_optimizer", optimizer), scheduler=scheduler)
+    before = Training(model, base, scheduler=scheduler)
     return before, Training(model, optimizer, scheduler=scheduler, example=example, **part)
 
 

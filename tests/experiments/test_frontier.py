@@ -10,9 +10,9 @@ from small_runs import ROOT, sweep_rows, without_processes
 from test_sweep import interrupted_after
 
 import mup2_fused as mup2
-from experiments import frontier, sweep
+from experiments import frontier, frontier_transfer, sweep
 from experiments.frontier import SETTINGS, Point
-from experiments.frontier_report import BASE, LONGER, format_table
+from experiments.frontier_report import BASE, LONGER, format_summary, format_table
 from experiments.sweep import WAYS, Place, Run
 
 RESULTS = ROOT / "experiments" / "results"
@@ -74,7 +74,7 @@ def test_a_frontier_resumes_and_reports(tmp_path, capsys, monkeypatch):
     """Interrupted once: nothing is trained twice. Best points have worse neighbours, and seeds of their own."""
     command = ["--settings", "mnist1d-momentum", "--ways", "interval-4", "momentum", "--epochs", "2", "--width", "8"]
     command += ["--seeds", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(frontier, "TIMED_ROUNDS", 2)
+    monkeypatch.setattr(frontier, "TIMED_ROUNDS", {"time": 2, "wide_time": 1})
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "train", interrupted_after(9))
         assert frontier.main(command) == 130
@@ -109,7 +109,7 @@ def test_a_frontier_resumes_and_reports(tmp_path, capsys, monkeypatch):
             )
         ]
         assert len(around) == len(factors) and all(v[0] + v[1] <= best[0] + best[1] for v in around)
-        assert row["time"] > 0 and f"| {row['passes']:.2f} | {row['time']:.2f} |" in printed
+        assert row["time"] > 0 and f"| {row['passes']:.2f} | {row['time']:.2f} | {row['wide_time']:.2f} |" in printed
     assert path.with_suffix(".png").stat().st_size > 10_000
     for changed in ("train", "trainings"):  # neither trained nor timed again
         monkeypatch.setattr(frontier if changed == "trainings" else sweep, changed, None)
@@ -129,9 +129,56 @@ def test_a_frontier_of_known_runs(tmp_path):
         plain.runs |= {plain.run(way, Point(0, 0), 2 + i): {"best": score} for i, score in enumerate(scores)}
     rows = plain.rows(points, 2)
     assert [row["kept"] for row in rows] == [0, 1, 0.75] and [row["error"] for row in rows] == [1, 1, 0.5]
-    table = format_table([row | {"time": 1.3} for row in rows])
-    assert "| every 4th step | 1.25 | 1.30 | 0.4 | 0.4 | 68.50 ± 0.50 (2) | 75 % |" in table
+    timed = [row | {"time": 1.3, "wide_time": 1.26} for row in rows]
+    table = format_table(timed, 1024)
+    assert "| every 4th step | 1.25 | 1.30 | 1.26 | 0.4 | 0.4 | 68.50 ± 0.50 (2) | 75 ± 9 % |" in table
     assert table.splitlines()[2].startswith("| without SAM | 1.00 |")
+    summary = format_summary({"one": timed, "two": timed[:2]}).splitlines()
+    assert summary[2] == "| without SAM | 1.00 | 1.26: 61.0 % accuracy | 1.26: 61.0 % accuracy |"
+    assert summary[3] == "| every 4th step | 1.25 | 1.26: 75 ± 9 % |  |"
+
+
+def test_a_radius_transfers_or_not(tmp_path, capsys, monkeypatch):
+    """Each width's best rho has worse neighbours; regret is the loss, on other seeds, by the narrowest width's."""
+    found = {"interval-4": Point(-1, 0), "momentum": Point(0, 1)}
+    monkeypatch.setattr(frontier_transfer, "found_points", lambda setting, ways: {way: found[way] for way in ways})
+    command = ["--ways", "interval-4", "momentum", "--epochs", "1", "--widths", "16", "8", "--seeds", "2"]
+    command += ["--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "train", interrupted_after(9))
+        assert frontier_transfer.main(command) == 130
+    assert frontier_transfer.main(command) == 0
+    printed, path = capsys.readouterr().out, tmp_path / "frontier_transfer_mnist1d-momentum.jsonl"
+    runs = {Run(**{key: row[key] for key in Run._fields}): row["best"] for row in sweep_rows(path)}
+    rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 8 and {run.lr for run in runs} == {0.02, 0.04}
+    for row in rows:
+        mine = {
+            r: a for r, a in runs.items() if (r.way, r.method, r.width) == (row["way"], row["method"], row["width"])
+        }
+        of = lambda rho, seeds: sum(a for r, a in mine.items() if r.rho == rho and r.seed in seeds)
+        around = [float(f"{row['rho'] * factor:.4g}") for factor in (0.5**0.5, 2**0.5)]
+        near = {r.rho for r in mine if any(math.isclose(r.rho, rho, rel_tol=1e-3) for rho in around)}
+        assert len(near) == 2 and all(of(rho, (0, 1)) <= of(row["rho"], (0, 1)) for rho in near)
+        assert row["accuracy"] == pytest.approx(of(row["rho"], (2, 3)) / 2)
+        narrow = next(r for r in rows if (r["way"], r["method"], r["width"]) == (row["way"], row["method"], 8))
+        assert row["kept_rho"] == narrow["rho"]
+        assert row["regret"] == pytest.approx((of(row["rho"], (2, 3)) - of(narrow["rho"], (2, 3))) / 2)
+    assert "| every 4th step | muP² | 16 |" in printed and "± " in printed
+    monkeypatch.setattr(sweep, "train", None)
+    assert frontier_transfer.main(command) == 0 and capsys.readouterr().out == printed
+
+
+def test_the_ways_begin_where_the_frontier_ended():
+    """At the points of the committed frontier, whose learning rates stay."""
+    args = frontier_transfer.parse_args([])
+    points = frontier_transfer.found_points(args.setting, args.ways)
+    rows = {row["way"]: row for row in json.loads((RESULTS / "frontier_mnist1d-momentum.json").read_text())["rows"]}
+    search = frontier_transfer.AtWidth(args, "muP-global", 64)
+    for way, point in points.items():
+        run = search.run(way, point, 0)
+        assert (run.lr, run.rho) == (rows[way]["lr"], rows[way]["rho"])
+        assert (run.method, run.width, run.way) == ("muP-global", 64, way)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -73,6 +73,7 @@ def test_climbing_against_moments(device):
     o.plan.restore(o.phase.backups)
     assert equal(o.params, before) and not o.climb(moment="momentum_buffer") and equal(o.params, before)
 
+
 KINDS = [(torch.optim.SGD, dict(momentum=0.9), "sgd", "momentum_buffer"), (torch.optim.AdamW, {}, "adamw", "exp_avg")]
 
 
