@@ -5,9 +5,10 @@
 
 Each way's learning rate is the one that experiments.frontier found at its own width; in muP it needs no other one. The
 best rho of each width is searched in factors of 2, then of sqrt(2), until both neighbours are worse, on seeds 0 and 1.
-Regret is what a width loses, on the seeds after them, by the narrowest width's best rho. muP² has a radius for each
-layer; muP-global has one radius for all layers, which is multiplied by width^(-1/2). Every finished run is appended to
-OUT/frontier_transfer_SETTING.jsonl: the same command goes on where it was interrupted.
+At the narrowest width, whose choice all others take over, eight seeds then decide between the points up to a factor of
+2 away. Regret is what a width loses, on the seeds after them, by the narrowest width's best rho. muP² has a radius for
+each layer; muP-global has one radius for all layers, which is multiplied by width^(-1/2). Every finished run is
+appended to OUT/frontier_transfer_SETTING.jsonl: the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.commands import DataError, at_least, command, read_json, start, write_json
-from experiments.frontier import SETTINGS, Frontier, Point, reported
+from experiments.frontier import CHOOSING, SETTINGS, Frontier, Point, reported
 from experiments.sweep import METHODS, WAYS
 from experiments.training import BACKENDS, check_device
+
+MORE = (*CHOOSING, *range(100, 106))  # seeds
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,6 +36,12 @@ class AtWidth(Frontier):
     def __init__(self, args: argparse.Namespace, method: str, width: int) -> None:
         super().__init__(args.setting, argparse.Namespace(**vars(args) | {"width": width}))
         self.method = method
+
+    def refine(self, way: str, found: Point) -> Point:
+        """The best of the points around this one, over MORE seeds."""
+        around = [found._replace(rho=found.rho + step) for step in range(-2, 3)]
+        self.train([(way, point) for point in around], MORE, f"{way} at width {self.setting.width}")
+        return max(around, key=lambda point: statistics.fmean(self.values(way, point, MORE)))
 
 
 def found_points(setting: str, ways: list[str]) -> dict[str, Point]:
@@ -51,6 +60,8 @@ def best_points(args: argparse.Namespace, method: str) -> list[tuple[AtWidth, di
     for width in args.widths:
         search = AtWidth(args, method, width)
         points = search.best(points)
+        if not found:
+            points = {way: search.refine(way, point) for way, point in points.items()}
         found.append((search, points))
     return found
 

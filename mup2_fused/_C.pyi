@@ -4,6 +4,7 @@ from typing import Any
 from torch import Tensor
 
 class Plan:
+    may_sum: bool
     def climb(
         self,
         groups: list[dict[str, Any]],

@@ -14,9 +14,9 @@ constexpr int kVectorBytes = 16;  // bytes of one memory access of a CUDA thread
 constexpr int kMaxItems = 1000;   // tensors per launch; fewer where the parameters of the kernel would not fit
 constexpr int kMaxGroups = 32;    // different hyper-parameters per launch
 
-// Positions in Item::ptr: weight, gradient, backup of the weight, first moment, the sum of its squares over each chunk
-// (float64), second moment, step count (one float32).
-enum { kW, kG, kBackup, kM, kSums, kV, kSteps };
+// Positions in Item::ptr: weight, gradient, backup of the weight, first and second moment, step count (one float32),
+// sums of squares over the chunks of the first moment (float64).
+enum { kW, kG, kBackup, kM, kV, kSteps, kSums };
 
 // One tensor of a launch, with the first P of the pointers above. The gradient may be null: the tensor is not updated.
 // The backup may be null: the tensor was not perturbed. Elements are dense, and in the same order behind every pointer.

@@ -11,7 +11,7 @@ namespace mup2 {
 
 // One tensor of a call: pointers as in Item, and the position of its hyper-parameters in the caller's table of groups.
 struct Entry {
-  void* ptr[kSteps + 1] = {};
+  void* ptr[kSums + 1] = {};
   int64_t numel = 0;
   int group = 0;
   Types types = {kF32, kF32};
@@ -36,7 +36,7 @@ template <class B> void append(B& batch, const Entry& e, int group) {
   uintptr_t address_bits = 0;
   for (int i = 0; i < B::kPointers; ++i) {
     item.ptr[i] = e.ptr[i];
-    if (i != kSums && i != kSteps) address_bits |= uintptr_t(e.ptr[i]);
+    if (i < kSteps) address_bits |= uintptr_t(e.ptr[i]);
   }
   item.aligned = address_bits % kVectorBytes == 0;
   batch.n_chunks += chunks_of(e.numel);

@@ -13,7 +13,7 @@ enum Momentum { kNoMomentum, kMomentum, kNesterov };
 
 // torch.optim.SGD
 struct Sgd {
-  static constexpr int kMoments = 1, kPointers = 5;
+  static constexpr int kMoments = 1, kPointers = 4;
   struct Hyper {
     double lr, weight_decay, momentum, dampening;
     const float* lr_tensor;              // learning rate in memory of the device; null: lr holds it
@@ -40,7 +40,7 @@ struct Sgd {
 
 // torch.optim.Adam and AdamW, without amsgrad
 struct Adam {
-  static constexpr int kMoments = 2, kPointers = 7;
+  static constexpr int kMoments = 2, kPointers = 6;
   struct Hyper {
     double lr, weight_decay, beta1, beta2, eps;
     const float* lr_tensor;
@@ -76,6 +76,7 @@ struct Control {
   const int32_t* nonfinite;             // flag of the first gradient; see NormState
   const int32_t* nonfinite_second;      // flag of the second gradient
   const float *found_inf, *grad_scale;  // of torch.amp.GradScaler
+  double* sums;                         // one per chunk: the sum of squares of its first moment; or null
   int64_t* skipped;                     // number of skipped steps; null in all but one launch of a step
   uint32_t* counter;                    // CUDA: blocks that are done; 0 between launches
 };

@@ -160,14 +160,13 @@ void update_chunk(const UpdateBatch<Method>& batch, const Control& control, cons
 template <class Method>
 void update(const UpdateBatch<Method>& batch, const Control& control, Types types, bool streaming, int64_t begin,
             int64_t end) {
-  each_chunk(batch, types, begin, end, [&](auto w, auto g, int64_t, const Chunk& c) {
+  each_chunk(batch, types, begin, end, [&](auto w, auto g, int64_t i, const Chunk& c) {
     using W = decltype(w);
     update_chunk<Method, W, decltype(g)>(batch, control, c, streaming);
     const auto& item = batch.items[c.item];
-    if (double* sums = pointer<double>(item, kSums)) {  // the caches still have the moment
-      const W* m = pointer<W>(item, kM, c.begin);
-      sums[c.begin / kChunk] = sum_squares<kSam>(m, m, c.count);
-    }
+    if (!control.sums || !item.ptr[kM] || !item.ptr[kG]) return;
+    const W* m = pointer<W>(item, kM, c.begin);  // the caches still have it
+    control.sums[batch.first_partial + i] = sum_squares<kSam>(m, m, c.count);
   });
   drain(streaming);
 }

@@ -43,7 +43,7 @@ template <class Rule> struct UpdateScratch {
 };
 
 // Weights back from their backup and updated from there; weights that were not perturbed are updated where they are.
-// Thread 0 computes the rule of the update for its block, as that takes float64. sums: items have kSums.
+// Thread 0 computes the rule of the update for its block, as that takes float64. sums: control has them.
 template <class Method, class W, class G, class B, bool sums>
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ B batch, const Control control) {
   MUP2_SHARED(UpdateScratch<typename Method::template Rule<Wide<W>>>, shared);
@@ -82,10 +82,10 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
       }
       store(w + i, ws, left, item.aligned);
     }
-  if (sums && item.ptr[kSums]) {
+  if (sums && m && item.ptr[kG]) {
     double sum = adds ? total(squares, shared.scratch) : 0;
     if (!adds || !updates || !is_finite(sum)) sum = chunk_sum<kSam>(m, m, c.count, item.aligned, shared.scratch);
-    if (threadIdx.x == 0) ((double*)item.ptr[kSums])[c.begin / kChunk] = sum;
+    if (threadIdx.x == 0) control.sums[batch.first_partial + blockIdx.x] = sum;
   }
   if (B::kPointers > kSteps && last_to_arrive(control.counter, batch.n_chunks, shared.scratch))
     for (uint32_t i = threadIdx.x; i < batch.n_items; i += kThreads) count_step(batch.items[i], shared.skip);
@@ -100,9 +100,7 @@ int cuda_update(const UpdateBatch<Method>& batch, const Control& control, Types 
       using W = decltype(w);
       using G = decltype(g);
       using B = std::decay_t<decltype(b)>;
-      bool sums = false;
-      for (uint32_t i = 0; i < b.n_items; ++i) sums |= b.items[i].ptr[kSums] != nullptr;
-      const auto kernel = sums ? update_kernel<Method, W, G, B, true> : update_kernel<Method, W, G, B, false>;
+      const auto kernel = control.sums ? update_kernel<Method, W, G, B, true> : update_kernel<Method, W, G, B, false>;
       return launch(kernel, b.n_chunks, stream, b, control);
     });
   });

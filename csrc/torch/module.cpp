@@ -28,6 +28,7 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> walk(const std::vector<int64_
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init<>())
+      .def_readwrite("may_sum", &Plan::may_sum)
       .def("climb", &Plan::climb)
       .def("descend", &Plan::descend)
       .def("restore", &Plan::restore)

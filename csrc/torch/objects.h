@@ -35,6 +35,11 @@ inline void bump(const Tensor& t) {
   if (is_subclass(t) && &local(t) != &t) local(t).unsafeGetTensorImpl()->bump_version();
 }
 
+// The same for a moment, which may come from inference mode, where nothing is counted.
+inline void bump_moment(const Tensor& t) {
+  if (!t.is_inference()) bump(t);
+}
+
 // Whether some of the tensors may share memory. Then a launch must not have them together.
 class Overlap {
  public:
@@ -72,6 +77,7 @@ inline const py::handle params = make("params"), rho = make("rho"), gradnorm_sca
 inline const py::handle perturb = make("perturb"), maximize = make("maximize"), lr = make("lr");
 inline const py::handle weight_decay = make("weight_decay"), momentum = make("momentum"), eps = make("eps");
 inline const py::handle dampening = make("dampening"), nesterov = make("nesterov"), betas = make("betas");
+inline const py::handle fused = make("fused");
 inline const py::handle amsgrad = make("amsgrad"), decoupled_weight_decay = make("decoupled_weight_decay");
 inline const py::handle momentum_buffer = make("momentum_buffer"), step = make("step");
 inline const py::handle exp_avg = make("exp_avg"), exp_avg_sq = make("exp_avg_sq");

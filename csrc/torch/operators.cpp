@@ -22,8 +22,11 @@ struct Lists : Entries {
       TORCH_CHECK(w[i].device() == w[0].device(), "all tensors of one call must be on one device");
       if (w[i].numel() == 0) continue;
       add(w[i], i).index = i;
-      for (const List& other : others)
-        if (!other.tensors.empty()) set(other.which, other.tensors[i], other.written);
+      for (const List& other : others) {
+        if (other.tensors.empty()) continue;
+        set(other.which, other.tensors[i], other.written);
+        if (other.written && !other.tensors[i].is_inference()) other.tensors[i].unsafeGetTensorImpl()->bump_version();
+      }
     }
     sort();
   }

@@ -62,14 +62,19 @@ struct OptionsReader {
   }
 };
 
+// Whether torch's fused kernels may have updated moments between the passes of SAM. They do not count changes.
+inline bool is_fused(const py::list& groups) {
+  return std::any_of(groups.begin(), groups.end(), [](py::handle group) {
+    return PyDict_Check(group.ptr()) && is_true(get(group, key::fused));
+  });
+}
+
 // One parameter of an update. Tensors are owned by Python. w: the part of the whole that lies in this process. g is
 // null without gradient, backup if the parameter was not perturbed. m, v, step: the state, null if it is to be made.
-// sums: the next climb wants the norm of m.
 struct Update {
   py::handle parameter, state;
   const Tensor *whole, *w, *g, *backup;
   int group;
-  bool sums = false;
   const Tensor *m = nullptr, *v = nullptr, *step = nullptr;
 };
 

@@ -16,8 +16,9 @@ bool Plan::climb(const py::list& groups, const py::object& phase, const std::str
   if (perturbed_.among(climb.changed)) return false;
   climb.backups.keep(n_backups_ = climb.n_backups);
   for (const Tensor* w : climb.changed) bump(*w);
-  sums_moments_ = climb.moments && kind == kSam;
+  sums_moments_ = may_sum && climb.moments && kind == kSam;
   run(climb, kind, reduce);
+  sums_.clear();
   // In C++, because an interrupt may come before Python has the result. Not earlier, because until now the backups were
   // those of the step before.
   if (PyObject_SetAttr(phase.ptr(), key::backups.ptr(), backups.ptr())) throw py::error_already_set();
@@ -55,7 +56,7 @@ bool Plan::collect(py::handle group, bool with_empty, Climb& climb) {
     climb.entries.add(w, group_number).index = index;
     climb.entries.set(kG, g, false);
     climb.entries.place(kBackup, backup, true);
-    if (climb.moments) climb.entries.list.back().ptr[kSums] = sums_.find(g);
+    if (climb.moments) climb.entries.list.back().ptr[kSums] = sums_.take(g);
   }
   return true;
 }
@@ -94,7 +95,7 @@ struct Plan::Descent {
   const py::object& phase;
   const py::function& create;
   const Tensor *grad_scale, *found_inf;  // or null
-  bool skip_nonfinite, decoupled;
+  bool skip_nonfinite, decoupled, sums;
   const py::object& share;
 };
 
@@ -104,7 +105,7 @@ bool Plan::descend(const py::list& groups, const py::dict& state, const py::obje
   const at::NoGradGuard no_grad;
   const auto number = [](const std::optional<Tensor>& t) { return t ? &local(*t) : nullptr; };
   const Descent d = {groups, state, phase, create, number(grad_scale), number(found_inf), skip_nonfinite,
-                     method == "adamw", share};
+                     method == "adamw", sums_moments_ && share.is_none() && !is_fused(groups), share};
   for (const Tensor* t : {d.grad_scale, d.found_inf})
     if (t && !is_number(*t)) return false;
   return method == "sgd" ? descend_with<Sgd>(d) : descend_with<Adam>(d);
@@ -114,14 +115,14 @@ template <class Method> bool Plan::descend_with(const Descent& d) {
   std::vector<typename Method::Hyper> hypers;  // per group
   std::vector<Update> updates;
   if (!collect<Method>(d, hypers, updates)) return false;
-  sums_.forget();
+  sums_.clear();
   Entries entries(updates.size());
   for (Update& u : updates) {
     entries.add(*u.w, u.group);
     if (u.backup) entries.place(kBackup, *u.backup, false);
     if (u.g) entries.set(kG, *u.g, d.grad_scale != nullptr);
     if (u.g) add_state(entries, hypers[u.group], u, d.create);
-    if (u.m) entries.list.back().ptr[kSums] = u.sums ? sums_.room(*u.m) : sums_.drop(*u.m);
+    if (u.g && u.m && d.sums && u.w->numel()) entries.list.back().index = sums_.add(*u.m);
   }
   // A process without any part of the tensors launches for one zero, and so counts a step that is skipped.
   const auto has_gradient = [](const DeviceEntry& e) { return e.numel && e.ptr[kG]; };
@@ -129,9 +130,12 @@ template <class Method> bool Plan::descend_with(const Descent& d) {
     const auto u = std::find_if(updates.begin(), updates.end(), [](const Update& u) { return u.g; });
     if (u != updates.end()) entries.add_zero(*u->w, *u->g, u->group);
   }
-  for (const Update& u : updates) bump(*u.whole);
+  for (const Update& u : updates) {
+    bump(*u.whole);
+    if (u.m) bump_moment(*u.m);
+  }
   run<Method>(entries, hypers, d);
-  sums_.confirm();
+  if (d.sums) sums_.confirm();
   if (PyObject_SetAttr(d.phase.ptr(), key::backups.ptr(), Py_None)) throw py::error_already_set();
   return true;
 }
@@ -159,7 +163,6 @@ bool Plan::collect(const Descent& d, std::vector<typename Method::Hyper>& hypers
       if (u.backup && !fits(*u.backup, w)) return false;
       if (hyper.lr_tensor && reader.lr_device != w.device()) return false;
       if (u.g) u.state = states.find(parameter);
-      u.sums = u.g && sums_moments_ && is_true(get(group, key::perturb));
       if (u.g && !find_state(hyper, u)) return false;
       work |= u.g && p.numel();  // of the whole tensor, not of this process's part: all processes must decide alike
       updates.push_back(u);
@@ -186,6 +189,7 @@ void Plan::run(Entries& entries, const std::vector<typename Method::Hyper>& hype
     if (d.grad_scale) control.grad_scale = (float*)address(scale = float_on(device, *d.grad_scale));
     if (d.found_inf) control.found_inf = (float*)address(inf = float_on(device, *d.found_inf));
     if (d.skip_nonfinite && second_.count(device)) control.nonfinite_second = second_.at(device).control().nonfinite;
+    if (d.sums) control.sums = sums_.place(slice, device);
     if (counts) control.skipped = skipped.data_ptr<int64_t>();
     counts = false;  // the first device counts for all
     update<Method>(slice, hypers, control);
@@ -198,7 +202,7 @@ void Plan::find_nonfinite(const Entries& entries, const py::object& share) {
   std::vector<DeviceEntry> with_gradient;
   for (DeviceEntry e : entries.list) {
     workspace(second_, e.device);
-    e.group = 0, e.ptr[kSums] = nullptr;  // those of the moment
+    e.group = 0;
     if (e.ptr[kG] && e.numel) with_gradient.push_back(e);
   }
   for (auto& [device, ws] : second_) ws.nonfinite().zero_();  // the norm sets it on devices with gradients only

@@ -42,6 +42,9 @@ class Plan {
   // type than their backup since model.double() was called.
   void restore(const py::list& backups);
 
+  // Whether updates sum squares for the next climb. Not where moments change without being counted, as in CUDA graphs.
+  bool may_sum = true;
+
   // Whether the last joint norm was finite. This and the next two wait for the device.
   bool finite() {
     for (auto& [device, ws] : workspaces_)
@@ -60,7 +63,6 @@ class Plan {
     std::vector<Tensor> found;
     for (Workspaces* all : {&workspaces_, &second_})
       for (auto& [device, ws] : *all) ws.append_to(found);
-    sums_.append_to(found);
     return found;
   }
 
@@ -98,7 +100,7 @@ class Plan {
   void find_nonfinite(const Entries& entries, const py::object& share);
 
   size_t n_backups_ = 0;       // of the last first pass
-  bool sums_moments_ = false;  // whether it asks updates for the sums
+  bool sums_moments_ = false;  // whether it asks the update for the sums
   MomentSums sums_;
   Overlap perturbed_, updated_;
   Workspaces workspaces_;  // of the first pass and of updates

@@ -1,79 +1,65 @@
 // What an update leaves behind for the norm of the next climb by first moments.
 #pragma once
-#include <c10/util/intrusive_ptr.h>
-
-#include <unordered_map>
+#include <map>
 #include <vector>
 
-#include "core/packing.h"
-#include "torch/tensors.h"
+#include "torch/dispatch.h"
 
 namespace mup2 {
 
-// The sums of squares over the chunks of moments. They hold until a moment changes, which torch counts as its version.
+// The sums of squares over the chunks of moments. They serve one climb, and only for moments that nobody has changed
+// since the update, as far as torch counts changes. A change through .data or NumPy is not counted.
 class MomentSums {
  public:
-  // Where an update is to write the sums of a moment. They are not known before confirm().
-  double* room(const Tensor& m) {
-    auto found = known_.find(m.unsafeGetTensorImpl());
-    if (found == known_.end()) {
-      for (auto old = known_.begin(); old != known_.end();)
-        old = old->second.moment.expired() ? known_.erase(old) : std::next(old);
-      found = known_.try_emplace(m.unsafeGetTensorImpl(), m).first;
+  // The update begins. It will change moments, so that all sums of an earlier one are lost.
+  void clear() { known_.clear(), next_ = 0; }
+
+  // Announces the sums of a moment. Returns the index that its entry must have in place().
+  int add(const Tensor& m) {
+    known_.push_back({m});
+    return int(known_.size()) - 1;
+  }
+
+  // Where the update of these entries of one device writes its sums, a number per chunk.
+  double* place(Slice entries, at::Device device) {
+    int64_t chunks = 0;
+    for (const DeviceEntry& e : entries) {
+      if (e.ptr[kM] && e.numel) known_[e.index].chunk = chunks;
+      chunks += chunks_of(e.numel);
     }
-    Known& known = found->second;
-    const int64_t chunks = chunks_of(m.numel());
-    if (!known.sums.defined() || known.sums.numel() != chunks || known.sums.device() != m.device())
-      known.sums = at::zeros({chunks}, at::TensorOptions().device(m.device()).dtype(at::kDouble));
-    known.valid = false;
-    written_.push_back(&known);
-    return known.sums.data_ptr<double>();
+    Tensor& sums = sums_[device];
+    if (!sums.defined() || sums.numel() < chunks)
+      sums = at::empty({chunks}, at::TensorOptions().device(device).dtype(at::kDouble));
+    return sums.data_ptr<double>();
   }
 
-  // For an update that sums nothing.
-  double* drop(const Tensor& m) {
-    const auto found = known_.find(m.unsafeGetTensorImpl());
-    if (found != known_.end()) found->second.valid = false;
-    return nullptr;
-  }
-
-  // The update has written to all rooms.
+  // The update has run.
   void confirm() {
-    for (Known* known : written_) {
-      const auto moment = known->moment.lock();
-      known->valid = moment && !moment->is_inference();
-      if (known->valid) known->version = moment->version_counter().current_version(), known->data = moment->data();
+    for (Known& known : known_) {
+      if (known.moment.is_inference()) continue;  // its changes are not counted
+      known.version = known.moment._version(), known.data = known.moment.const_data_ptr();
     }
-    written_.clear();
-  }
-  void forget() { written_.clear(); }  // rooms of an update that did not run
-
-  // The sums of a moment, or null if they are not known.
-  double* find(const Tensor& m) const {
-    const auto found = known_.find(m.unsafeGetTensorImpl());
-    if (found == known_.end() || !found->second.valid) return nullptr;
-    const Known& known = found->second;
-    const auto& moment = *m.unsafeGetTensorImpl();
-    const bool same = moment.version_counter().current_version() == known.version && moment.data() == known.data;
-    return same ? known.sums.data_ptr<double>() : nullptr;
   }
 
-  void append_to(std::vector<Tensor>& tensors) const {
-    for (const auto& [moment, known] : known_) tensors.push_back(known.sums);
+  // The sums of a moment, null if they are not known. Moments are asked for in the order of add().
+  double* take(const Tensor& m) {
+    while (next_ < known_.size() && !known_[next_].moment.is_same(m)) ++next_;
+    if (next_ == known_.size()) return nullptr;
+    const Known& known = known_[next_];
+    if (!known.data || known.data != m.const_data_ptr() || known.version != m._version()) return nullptr;
+    return sums_.at(m.device()).data_ptr<double>() + known.chunk;
   }
 
  private:
   struct Known {
-    explicit Known(const Tensor& m) : moment(m.getIntrusivePtr()) {}
-    // While this exists, no other tensor has the moment's address.
-    c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl> moment;
-    Tensor sums;
+    Tensor moment;  // kept, so that no other tensor gets its address
+    int64_t chunk = 0, version = 0;
     const void* data = nullptr;
-    uint32_t version = 0;
-    bool valid = false;
   };
-  std::unordered_map<const at::TensorImpl*, Known> known_;
-  std::vector<Known*> written_;  // since the last confirm()
+
+  std::vector<Known> known_;
+  size_t next_ = 0;
+  std::map<at::Device, Tensor, DeviceOrder> sums_;
 };
 
 }  // namespace mup2

@@ -192,7 +192,6 @@ class Entries {
     set(kG, zero(g.options()), false);
     for (int which : {kBackup, kM, kV}) set(which, zero(w.options()), false);
     list.back().ptr[kSteps] = zero(w.options().dtype(at::kFloat)).data_ptr();
-    list.back().ptr[kSums] = zero(w.options().dtype(at::kDouble)).data_ptr();
     return list.back();
   }
 

@@ -157,9 +157,15 @@ def test_a_radius_transfers_or_not(tmp_path, capsys, monkeypatch):
             r: a for r, a in runs.items() if (r.way, r.method, r.width) == (row["way"], row["method"], row["width"])
         }
         of = lambda rho, seeds: sum(a for r, a in mine.items() if r.rho == rho and r.seed in seeds)
-        around = [float(f"{row['rho'] * factor:.4g}") for factor in (0.5**0.5, 2**0.5)]
-        near = {r.rho for r in mine if any(math.isclose(r.rho, rho, rel_tol=1e-3) for rho in around)}
-        assert len(near) == 2 and all(of(rho, (0, 1)) <= of(row["rho"], (0, 1)) for rho in near)
+        if row["width"] == 8:
+            seeds = frontier_transfer.MORE
+            near = {r.rho for r in mine if r.seed == seeds[-1]}
+            assert len(near) == 5 and row["rho"] in near
+        else:
+            seeds = (0, 1)
+            near = {r.rho for r in mine if math.isclose(abs(math.log2(r.rho / row["rho"])), 0.5, abs_tol=1e-3)}
+            assert len(near) == 2
+        assert all(of(rho, seeds) <= of(row["rho"], seeds) for rho in near)
         assert row["accuracy"] == pytest.approx(of(row["rho"], (2, 3)) / 2)
         narrow = next(r for r in rows if (r["way"], r["method"], r["width"]) == (row["way"], row["method"], 8))
         assert row["kept_rho"] == narrow["rho"]

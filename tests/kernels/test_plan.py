@@ -142,7 +142,43 @@ def too_late(o, key):
     assert o.climb(moment=key) and o.descend("sgd" if key == "momentum_buffer" else "adamw")
 
 
+def another_plan(o, key):
+    """As of a second optimizer whose load_state_dict() has taken over the moments."""
+    other = Optimizer(type(o.base), [nn.Parameter(p.detach().clone()) for p in o.params], **KINDS_BY_KEY[key][1])
+    for p, q in zip(o.params, other.params):
+        q.grad, other.base.state[q] = torch.randn_like(q), o.base.state[p]
+    assert other.climb(moment=key) and other.descend(KINDS_BY_KEY[key][2])
+
+
+def operator(o, key):
+    p, state = o.params[1], o.base.state[o.params[1]]
+    lists, lr = [[p.detach()], [p.grad], [p.detach().clone()], [state[key]]], torch.tensor(0.1)
+    if key == "momentum_buffer":
+        torch.ops.mup2.sgd_(*lists, lr, momentum=0.9)
+    else:
+        torch.ops.mup2.adam_(*lists, [state["exp_avg_sq"]], [state["step"]], lr)
+
+
+def step_without_kernels(o, key):
+    """torch's fused step counts no change of the moments. A climb uses the sums up, so that the next one has none."""
+    assert o.climb(moment=key)
+    o.plan.restore(o.phase.backups)
+    o.phase.backups = None
+    type(o.base)(o.base.param_groups, fused=True, foreach=False).step()
+    hidden = torch.empty(0, device=o.params[1].device).set_(o.base.state[o.params[1]][key].untyped_storage())
+    hidden.mul_(2)
+
+
+def fused_base(o, key):
+    o.base.param_groups[0]["fused"] = True
+    assert o.climb(moment=key) and o.descend(KINDS_BY_KEY[key][2])
+    hidden = torch.empty(0, device=o.params[1].device).set_(o.base.state[o.params[1]][key].untyped_storage())
+    hidden.mul_(2)
+
+
+KINDS_BY_KEY = {kind[3]: kind for kind in KINDS}
 CHANGES = [add, replace, exchange, remove, step_alone, elementwise, too_late]
+CHANGES += [another_plan, operator, step_without_kernels, fused_base]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -157,13 +193,22 @@ def test_sums_of_moments_that_have_changed_are_not_used(device, base, options, m
     assert found == norm_of_moments(o, key)
 
 
-def test_moments_of_parameters_that_are_not_perturbed_are_not_summed(device):
-    o = Optimizer(torch.optim.SGD, parameters(device), momentum=0.9)
-    o.base.param_groups[0]["perturb"] = False
-    assert o.climb(moment="momentum_buffer") and o.descend()
-    o.base.param_groups[0]["perturb"] = True
-    assert o.climb(moment="momentum_buffer")
-    assert o.plan.norms() == norm_of_moments(o, "momentum_buffer")
+def test_sums_of_a_part_of_the_moments(device):
+    """Other parameters climb in every step."""
+    o = Optimizer(torch.optim.SGD, parameters(device, (5, 20000, 3, 0, 9000)), momentum=0.9)
+    common = {key: value for key, value in o.base.param_groups[0].items() if key != "params"}
+    o.base.param_groups[:] = [common | {"params": [p]} for p in o.params]
+    for chosen in ([0, 1, 2, 3, 4], [1, 4], [0, 4], [4], [0, 1, 2]):
+        for i, group in enumerate(o.base.param_groups):
+            group["perturb"] = i in chosen
+        assert o.climb(moment="momentum_buffer")
+        joint = mup2_ref.joint_norm([(p, m, 2.0) for p, m in zip(o.params, moments(o)) if m is not None], "sam")
+        assert o.plan.norms()[0] == pytest.approx(joint.item(), rel=1e-6) and o.descend()
+
+
+def moments(o):
+    chosen = [group["perturb"] for group in o.base.param_groups]
+    return [o.base.state[p].get("momentum_buffer") if c else None for p, c in zip(o.params, chosen)]
 
 
 def test_a_gradient_that_is_not_finite(device):

@@ -376,3 +376,26 @@ def test_the_seen_perturbation_is_the_one_against_the_momentum(SAM):
     before = weights(params)
     (norm, cosine), _ = mup2.seen_perturbation(opt)
     assert norm == pytest.approx(1, abs=1e-3) and cosine == pytest.approx(1, abs=1e-3) and equal(params, before)
+
+
+def test_graphs_need_no_sums_of_earlier_updates(monkeypatch):
+    """Replays change the moments unseen. Here, each step does; from the first captured step on, no sum is used."""
+    pytest.importorskip("mup2_fused._C")
+    params = parameters()
+    opt = mup2.SAM(params, lr=0.01, rho=0.1, momentum=0.9, ascent="momentum", backend="compiled")
+    lengths = []
+    for step in range(6):
+        before = weights(params)
+        with monkeypatch.context() as patch:
+            if step == 3:
+                patch.setattr(mup2.compiled_passes, "built_with_cuda", True)
+                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            opt.first_step()
+        e = [p.detach() - w for p, w in zip(params, before)]
+        lengths.append(math.sqrt(sum((x.double() ** 2).sum().item() for x in e)))
+        closure_of(opt, params)()
+        opt.second_step()
+        for p in params:
+            moment = opt.state[p]["momentum_buffer"]
+            torch.empty(0, dtype=moment.dtype).set_(moment.untyped_storage()).mul_(2)
+    assert lengths == pytest.approx([0, 0.2, 0.2, 0.1, 0.1, 0.1], rel=1e-4)

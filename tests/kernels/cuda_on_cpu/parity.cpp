@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <utility>
 
 #include "core/packing.h"
 #include "cpu/kernels.h"
@@ -52,7 +53,7 @@ struct Side {
   std::vector<Memory> memories;
   std::vector<Entry> entries;
   std::vector<float> steps;
-  std::vector<std::vector<double>> sums;  // over the chunks of each first moment
+  std::vector<double> sums;  // over the chunks of all first moments
   std::vector<double> results[6];  // the first five arrays of a NormState, and its partial sums
   std::vector<Radius> radii;
   std::vector<uint32_t> counters;
@@ -102,7 +103,6 @@ Side make(const Case& c) {
     }
     side.steps.push_back(i % 3);
     if (c.adam) e.ptr[kSteps] = &side.steps.back();
-    if (c.sums) e.ptr[kSums] = side.sums.emplace_back(chunks_of(e.numel), -1).data();
     side.entries.push_back(e);
   }
   if (c.bad != 0) ((float*)side.entries[0].ptr[kG])[c.sizes[0] - 1] = c.bad;
@@ -141,6 +141,15 @@ void settle(const Case& c, Side& cpu_side, Side& cuda_side) {
   }
 }
 
+// Memory for the sums, to which kSums of each entry then points.
+double* place_sums(Side& side) {
+  int64_t chunks = 0;
+  for (const Entry& e : side.entries) chunks += chunks_of(e.numel);
+  double* next = (side.sums = std::vector<double>(chunks, -1)).data();
+  for (Entry& e : side.entries) e.ptr[kSums] = std::exchange(next, next + chunks_of(e.numel));
+  return side.sums.data();
+}
+
 template <class Method> void update(const Case& c, Side& cpu_side, Side& cuda_side) {
   std::vector<typename Method::Hyper> hypers(c.n_groups);
   memset(hypers.data(), 0, hypers.size() * sizeof hypers[0]);
@@ -153,7 +162,9 @@ template <class Method> void update(const Case& c, Side& cpu_side, Side& cuda_si
   const float scale = 8;
   for (Side* side : {&cpu_side, &cuda_side}) {
     for (size_t i = 0; i < side->entries.size() && c.without_gradient; i += 2) side->entries[i].ptr[kG] = nullptr;
-    Control control = {&side->nonfinite, nullptr, nullptr, c.scale ? &scale : nullptr, &side->skipped, &side->counter};
+    Control control = {};
+    control.nonfinite = &side->nonfinite, control.skipped = &side->skipped, control.counter = &side->counter;
+    control.grad_scale = c.scale ? &scale : nullptr, control.sums = c.sums ? place_sums(*side) : nullptr;
     in_batches<UpdateBatch<Method>>(side->entries, hypers, [&](const UpdateBatch<Method>& batch, Types types) {
       if (side == &cuda_side) {
         cuda_update<Method>(batch, control, types, nullptr);
