@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import a10g, step_time
+from benchmarks import a10g, step_kinds, step_time
 from experiments import demo, epoch_time_tables, frontier, frontier_report, frontier_transfer, optima, sweep, transfer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +201,15 @@ def training_times(form: Callable[[list[dict[str, Any]]], str]) -> str:
     return "\n\n".join(parts)
 
 
+def step_kinds_table() -> str:
+    parts = []
+    for path in sorted((TIMES / "kinds").glob("*.json")):
+        result = load(path)
+        about = result["machine"]
+        parts += [f"{about['device']}, {about['threads']} threads, {about['date']}:", step_kinds.markdown_table(result)]
+    return "\n\n".join(parts)
+
+
 def a10g_tables() -> str:
     """Without the kernels' rows in bfloat16."""
     result = load(a10g.OUT)
@@ -224,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "key_speed": key_speed,
     "epochs": partial(training_times, epoch_time_tables.format_table),
     "steps": partial(training_times, epoch_time_tables.format_steps),
+    "step_kinds": step_kinds_table,
     "a10g": a10g_tables,
 }
 

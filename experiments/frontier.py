@@ -44,8 +44,8 @@ from experiments.sweep import (
 from experiments.training import BACKENDS, check_device
 
 CHOOSING = (0, 1)  # seeds
-TIMED_STEPS = 32  # per round: a multiple of all intervals
-TIMED_ROUNDS = {"time": 30, "wide_time": 5}
+TIMED_STEPS = 16  # per round: a multiple of all intervals
+TIMED_ROUNDS = {"time": 15, "wide_time": 4}
 
 
 class Setting(NamedTuple):
@@ -64,11 +64,23 @@ class Setting(NamedTuple):
 
 FEWER = ("sam", "interval-2", "interval-4", "interval-8", "part-4", "part-16", "momentum", "late-2")
 SETTINGS = {
-    "mnist1d": Setting("MNIST-1D, SGD without momentum", "mlp", "mnist1d", 256, 60, 0.4, 0.4, 1024),
-    "mnist1d-momentum": Setting("MNIST-1D, SGD", "mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4, 1024),
-    "fashion": Setting("Fashion-MNIST, SGD", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER),
-    "resnet": Setting("ResNet-18, SGD", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER),
-    "vit": Setting("ViT, AdamW", "vit", "noisy-digits", 32, 24, 0.01, 0.03, 128, FEWER),
+    "mnist1d": Setting("MLP, MNIST-1D, plain SGD", "mlp", "mnist1d", 256, 60, 0.4, 0.4, 1024),
+    "mnist1d-momentum": Setting("MLP, MNIST-1D, momentum", "mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4, 1024),
+    "fashion": Setting(
+        "MLP, Fashion-MNIST, momentum", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER
+    ),
+    "resnet": Setting("ResNet-18, digits, momentum", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER),
+    "vit": Setting(
+        "ViT, digits, AdamW",
+        "vit",
+        "noisy-digits",
+        32,
+        24,
+        0.01,
+        0.03,
+        128,
+        ("sam", "interval-4", "part-4", "momentum"),
+    ),
 }
 
 
