@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=["interval-4", "part-16"])
     add("--methods", nargs="+", choices=METHODS, default=["muP²", "muP-global"])
     add("--widths", nargs="+", type=at_least(1, int), default=[64, 256, 1024])
-    add("--seeds", type=at_least(1, int), default=4, help="that are reported, after the two of the search")
+    add("--seeds", type=at_least(1, int), default=3, help="that are reported, after the two of the search")
     add("--epochs", type=at_least(1, int), help="default the setting's")
     add("--jobs", type=at_least(1, int), default=2, help="runs at once")
     add("--device", default="cpu")

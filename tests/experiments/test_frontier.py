@@ -199,7 +199,18 @@ def test_a_step_in_each_setting(name, tmp_path):
     assert not any(map(torch.equal, before, training.model.parameters()))
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("frontier_*.json")), ids=lambda path: path.stem)
+FINISHED = [path for name in SETTINGS if (path := RESULTS / f"frontier_{name}.json").exists()]
+
+
+def test_the_committed_transfer_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "worker_processes", None)
+    (path,) = RESULTS.glob("frontier_transfer_*.json")
+    shutil.copy(path.with_suffix(".jsonl"), tmp_path)
+    assert frontier_transfer.main(["--out", str(tmp_path)]) == 0
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("path", FINISHED, ids=lambda path: path.stem)
 def test_the_committed_frontiers_are_finished(tmp_path, monkeypatch, path):
     """Nothing is trained, and the tables are the committed ones."""
     monkeypatch.setattr(sweep, "worker_processes", None)
