@@ -62,7 +62,7 @@ struct OptionsReader {
   }
 };
 
-// Whether torch's fused kernels may have updated moments between the passes of SAM. They do not count changes.
+// Whether base.step() would take torch's fused kernels, which change moments without counting that as a change.
 inline bool is_fused(const py::list& groups) {
   return std::any_of(groups.begin(), groups.end(), [](py::handle group) {
     return PyDict_Check(group.ptr()) && is_true(get(group, key::fused));
