@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -102,22 +103,24 @@ def malloced_bytes():
 
 
 def flat(run, measures, steps, warm_up=500):
-    """What each measure has grown by, from step warm_up to step steps."""
-    for _ in range(warm_up):
-        run.step()
-    gc.collect()
-    before = [[measure() for measure in measures] for _ in range(2)][1]  # the first leave lists' memory behind
-    for _ in range(steps - warm_up):
-        run.step()
-    gc.collect()
-    return [measure() - b for measure, b in zip(measures, before)]
+    """The least that each measure grows by in a stretch, of three after the warm-up. A leak is in all of them.
+
+    Memory of the process's other users, such as a cache that an earlier test left to grow, is in one of them at most.
+    """
+    found = []
+    for stretch in [warm_up] + [(steps - warm_up) // 3] * 3:
+        for _ in range(stretch):
+            run.step()
+        gc.collect()
+        found.append([[measure() for measure in measures] for _ in range(2)][1])  # the first leave lists' memory behind
+    return [min(b - a for a, b in pairwise(counts)) for counts in zip(*found)]
 
 
 def tensors_alive():
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())  # isinstance() wakes up deprecated objects
 
 
-STEPS = pytest.mark.parametrize("steps", [1500, pytest.param(10_000, marks=slow)])
+STEPS = pytest.mark.parametrize("steps", [2000, pytest.param(11_000, marks=slow)])
 BASES = pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 
 
@@ -130,16 +133,16 @@ def test_memory_is_flat(SAM, base, steps):
     resident, malloced, blocks, objects, tensors = flat(run, measures, steps)
     assert run.opt.skipped_steps == steps // 5 and run.steps == steps
     print(resident, malloced, blocks, objects, tensors)
-    # Something that one of the five kinds of steps leaves behind would be there 200 times, or 1,900 times.
-    assert resident < 2**18 and malloced < 2**14 and blocks < 150 and objects < 150 and tensors == 0
+    # Something that one of the five kinds of steps leaves behind would be there 100 times, or 700 times.
+    assert resident < 2**18 and malloced < 2**12 and blocks < 75 and objects < 75 and tensors == 0
 
 
 @pytest.mark.cuda
 @BASES
 def test_gpu_memory_is_flat(SAM, base):
     run = Loop(SAM, base, device="cuda")
-    assert flat(run, [torch.cuda.memory_allocated, torch.cuda.memory_reserved], 10_000) == [0, 0]
-    assert run.opt.skipped_steps == 2000 and run.steps == 10_000
+    assert flat(run, [torch.cuda.memory_allocated, torch.cuda.memory_reserved], 11_000) == [0, 0]
+    assert run.opt.skipped_steps == 2200 and run.steps == 11_000
 
 
 SMALL, LARGE = (3, 17, 100), (3, 50_001, 5 * CHUNK, 9_000)  # which at::parallel_for splits
