@@ -1,7 +1,7 @@
 """What cheaper ways of SAM keep of its gain: test accuracy over the number of passes that a training step takes.
 
-    python -m experiments.frontier                          the committed results; the ViT's are not finished yet
-    python -m experiments.frontier --settings fashion       one setting of them
+    python -m experiments.frontier                          the committed results
+    python -m experiments.frontier --settings resnet        one setting of them
     python -m experiments.frontier --settings mnist1d --ways interval-4 part-16 --seeds 2 --out runs      a part of one
 
 SAM takes two passes. A SAM step in every k-th step only, a first pass on a part of the batch, climbing along momentum
@@ -60,18 +60,21 @@ class Setting(NamedTuple):
     rho: float
     wide: int  # the width at which times are measured, too, because passes take nearly all of a step there
     ways: tuple[str, ...] = tuple(WAYS)
+    seeds: int = 6  # that are reported, after the two of the search
 
 
 FEWER = ("sam", "interval-2", "interval-4", "interval-8", "part-4", "part-16", "momentum", "late-2")
-FEWEST = ("sam", "interval-4", "part-4", "momentum")
 SETTINGS = {
     "mnist1d": Setting("MLP, MNIST-1D, plain SGD", "mlp", "mnist1d", 256, 60, 0.4, 0.4, 1024),
     "mnist1d-momentum": Setting("MLP, MNIST-1D, momentum", "mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4, 1024),
     "fashion": Setting(
+        "MLP, Fashion-MNIST, plain SGD", "mlp", "noisy30-fashion-mnist-5k", 256, 60, 0.05, 0.2, 1024, FEWER
+    ),
+    "fashion-momentum": Setting(
         "MLP, Fashion-MNIST, momentum", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER
     ),
-    "resnet": Setting("ResNet-18, digits, momentum", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER),
-    "vit": Setting("ViT, digits, AdamW", "vit", "noisy-digits", 32, 24, 0.005, 0.12, 128, FEWEST),
+    "resnet": Setting("ResNet-18, digits, momentum", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER, 16),
+    "vit": Setting("ViT, digits, AdamW", "vit", "noisy-digits", 32, 24, 0.005, 0.12, 128, FEWER),
 }
 
 
@@ -94,9 +97,9 @@ class Frontier:
     file, method, lr_moves = "frontier", "muP²", [(1, 0), (-1, 0)]
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        setting = SETTINGS[name]
-        self.setting = setting._replace(width=args.width or setting.width, epochs=args.epochs or setting.epochs)
-        self.name, self.seeds, self.path = name, args.seeds, args.out / f"{self.file}_{name}.jsonl"
+        given = {key: value for key in ("width", "epochs", "seeds") if (value := getattr(args, key))}
+        self.setting = setting = SETTINGS[name]._replace(**given)
+        self.name, self.path = name, args.out / f"{self.file}_{name}.jsonl"
         self.place = Place(device=args.device, backend=args.backend, jobs=args.jobs)
         self.runs = read_runs(self.path)
         network = NETWORKS[setting.network]
@@ -154,9 +157,9 @@ class Frontier:
         sam, others = found["sam"], [way for way in self.ways if way != "sam"]
         return found | self.best({way: sam.moved((0, round(2 * math.log2(WAYS[way].factor)))) for way in others})
 
-    def rows(self, points: dict[str, Point], seeds: int) -> list[dict[str, Any]]:
+    def rows(self, points: dict[str, Point]) -> list[dict[str, Any]]:
         """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy, None for one seed."""
-        found = {way: self.values(way, point, reported(seeds)) for way, point in points.items()}
+        found = {way: self.values(way, point, reported(self.setting.seeds)) for way, point in points.items()}
         means = {way: statistics.fmean(values) for way, values in found.items()}
         errors = {way: standard_error(values) for way, values in found.items()}
         gain, rows = means["sam"] - means[BASE], []
@@ -164,10 +167,12 @@ class Frontier:
             run, kept, kept_error = self.run(way, points[way], 0), None, None
             if gain > 0:
                 kept = (mean - means[BASE]) / gain
-            if kept is not None and seeds > 1:
+            if kept is not None and self.setting.seeds > 1:
                 kept_error = math.hypot(errors[way], kept * errors["sam"], (1 - kept) * errors[BASE]) / gain
             row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean}
-            rows.append(row | {"error": errors[way], "seeds": seeds, "kept": kept, "kept_error": kept_error})
+            rows.append(
+                row | {"error": errors[way], "seeds": self.setting.seeds, "kept": kept, "kept_error": kept_error}
+            )
         return rows
 
 
@@ -221,11 +226,15 @@ def all_times(frontier: Frontier, points: dict[str, Point]) -> dict[str, dict[st
     return {kind: times(frontier, points, widths[kind], rounds) for kind, rounds in TIMED_ROUNDS.items()}
 
 
-def report(frontier: Frontier, points: dict[str, Point], seeds: int) -> str:
+def report(frontier: Frontier, points: dict[str, Point]) -> str:
     """Write the table and the figure. Returns the table."""
     path, known = frontier.path.with_suffix(".json"), all_times(frontier, points)
-    rows = [row | {kind: known[kind][row["way"]] for kind in known} for row in frontier.rows(points, seeds)]
-    runs = [frontier.runs[frontier.run(way, p, seed)] for way, p in points.items() for seed in reported(seeds)]
+    rows = [row | {kind: known[kind][row["way"]] for kind in known} for row in frontier.rows(points)]
+    runs = [
+        frontier.runs[frontier.run(way, p, seed)]
+        for way, p in points.items()
+        for seed in reported(frontier.setting.seeds)
+    ]
     places = {key: sorted({row[key] for row in runs}) for key in ("device", "date")}
     write_json(path, {"setting": frontier.setting._asdict(), "rows": rows, "times": known} | places)
     plot(rows, heading(frontier.setting), frontier.path.with_suffix(".png"))
@@ -243,7 +252,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     add("--ways", nargs="+", choices=WAYS, help="default the setting's; SAM and the optimizer alone are always there")
-    add("--seeds", type=at_least(1, int), default=6, help="that are reported, after the two of the search")
+    add("--seeds", type=at_least(1, int), help="that are reported, after the two of the search; default the setting's")
     add("--epochs", type=at_least(1, int), help="default the setting's")
     add("--width", type=at_least(1, int), help="default the setting's")
     add("--jobs", type=at_least(1, int), default=2, help="runs at once")
@@ -261,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.settings:
         frontier = Frontier(name, args)
         points = frontier.search()
-        frontier.train(points.items(), reported(args.seeds), "report")
-        table = report(frontier, points, args.seeds)
+        frontier.train(points.items(), reported(frontier.setting.seeds), "report")
+        table = report(frontier, points)
         print(f"{heading(frontier.setting)}\n\n{table}\n\nfigure: {frontier.path.with_suffix('.png')}\n")
     return 0
 

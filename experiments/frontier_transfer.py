@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     check_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     found = [row for method in args.methods for row in rows(args, method)]
-    setting = SETTINGS[args.setting]._replace(epochs=args.epochs or SETTINGS[args.setting].epochs)
+    setting = SETTINGS[args.setting]
+    setting = setting._replace(epochs=args.epochs or setting.epochs, seeds=args.seeds)
     write_json(args.out / f"frontier_transfer_{args.setting}.json", {"setting": setting._asdict(), "rows": found})
     print(format_table(found))
     return 0
