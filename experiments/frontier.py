@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from experiments.climb import Point, best_points
 from experiments.commands import at_least, command, read_json, start, write_json
 from experiments.frontier_report import BASE, LONGER, format_table, plot
 from experiments.sweep import (
@@ -44,6 +45,7 @@ from experiments.sweep import (
 from experiments.training import BACKENDS, check_device
 
 CHOOSING = (0, 1)  # seeds
+DECIDING = (*CHOOSING, *range(100, 106))  # seeds, where more of them are needed
 TIMED_STEPS = 16  # per round: a multiple of all intervals
 TIMED_ROUNDS = {"time": 15, "wide_time": 4}
 
@@ -61,6 +63,7 @@ class Setting(NamedTuple):
     wide: int  # the width at which times are measured, too, because passes take nearly all of a step there
     ways: tuple[str, ...] = tuple(WAYS)
     seeds: int = 6  # that are reported, after the two of the search
+    finalists: int = 1  # the search's best points, between which eight seeds decide: for accuracies that scatter much
 
 
 FEWER = ("sam", "interval-2", "interval-4", "interval-8", "part-4", "part-16", "momentum", "late-2")
@@ -74,21 +77,11 @@ SETTINGS = {
         "MLP, Fashion-MNIST, momentum", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER
     ),
     "resnet": Setting("ResNet-18, digits, momentum", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER, 16),
-    "vit": Setting("ViT, digits, AdamW", "vit", "noisy-digits", 32, 24, 0.005, 0.12, 128, FEWER),
+    "vit": Setting("ViT, digits, AdamW", "vit", "noisy-digits", 32, 24, 0.005, 0.12, 128, FEWER, 6, 3),
 }
 
 
-class Point(NamedTuple):
-    """Where lr and rho lie on the grid, from the setting's on."""
-
-    lr: int  # factors of 2
-    rho: int  # factors of sqrt(2)
-
-    def moved(self, by: tuple[int, int]) -> "Point":
-        return Point(self.lr + by[0], self.rho + by[1])
-
-
-STEPS = (2, 1)  # first factors of 2 for rho, then of sqrt(2)
+STEPS = (2, 1)  # first factors of 2 for rho, then of sqrt(2): a step in Point.rho is a factor of sqrt(2), in lr of 2
 
 
 class Frontier:
@@ -102,6 +95,7 @@ class Frontier:
         self.name, self.path = name, args.out / f"{self.file}_{name}.jsonl"
         self.place = Place(device=args.device, backend=args.backend, jobs=args.jobs)
         self.runs = read_runs(self.path)
+        self.searched: dict[str, dict[Point, float]] = {}  # accuracies over CHOOSING, of each way's points
         network = NETWORKS[setting.network]
         can_momentum = network.momentum > 0 or network.base_optimizer == "adam"
         self.ways = [way for way in args.ways or setting.ways if WAYS[way].ascent == "gradient" or can_momentum]
@@ -118,44 +112,42 @@ class Frontier:
         runs = [self.run(way, point, seed) for seed in seeds]
         return [score(self.runs, run) for run in runs] if all(run in self.runs for run in runs) else None
 
-    def climb(self, way: str, point: Point, step: int) -> tuple[Point, list[Point]]:
-        """The best point that is known, from this one on, and the points that must be known to go on.
-
-        There are none if all neighbours, which differ by a factor of 2 in lr or by this step in rho, are worse.
-        """
-        moves = self.lr_moves + [(0, step), (0, -step)] * (way not in (BASE, LONGER))
-        while True:
-            around = [point, *map(point.moved, moves)]
-            known = {p: values for p in around if (values := self.values(way, p, CHOOSING))}
-            if missing := [p for p in around if p not in known]:
-                return point, missing
-            best = max(around, key=lambda p: statistics.fmean(known[p]))
-            if best == point:
-                return point, []
-            point = best
+    def known(self, way: str, point: Point) -> float | None:
+        """The mean that the search sees."""
+        if values := self.values(way, point, CHOOSING):
+            self.searched.setdefault(way, {})[point] = statistics.fmean(values)
+        return statistics.fmean(values) if values else None
 
     def train(self, points: Iterable[tuple[str, Point]], seeds: Iterable[int], what: str) -> None:
         runs = [self.run(*pair, seed) for seed, pair in itertools.product(seeds, points)]
         self.runs = sweep(runs, self.path, self.place, f"{self.name}, {what}")
 
     def best(self, starts: dict[str, Point]) -> dict[str, Point]:
-        """The ways' best points. All of them move at once, so that all are equally far after an interruption."""
-        points = starts
+        points, train = starts, lambda pairs: self.train(pairs, CHOOSING, "search")
         for step in STEPS:
-            while True:
-                climbs = {way: self.climb(way, point, step) for way, point in points.items()}
-                points = {way: point for way, (point, _) in climbs.items()}
-                missing = [(way, p) for way, (_, around) in climbs.items() for p in around]
-                if not missing:
-                    break
-                self.train(missing, CHOOSING, "search")
+            radii = [(0, step), (0, -step)]
+            moves = lambda way, radii=radii: self.lr_moves + radii * (way not in (BASE, LONGER))
+            points = best_points(points, moves, self.known, train)
         return points
+
+    def decide(self, points: dict[str, Point]) -> dict[str, Point]:
+        """The best of each way's finalists, over DECIDING seeds."""
+        if self.setting.finalists == 1:
+            return points
+        finalists = {}
+        for way in points:
+            means = self.searched[way]
+            finalists[way] = sorted(means, key=means.get, reverse=True)[: self.setting.finalists]
+        self.train([(way, p) for way, some in finalists.items() for p in some], DECIDING, "decision")
+        mean = lambda way, p: statistics.fmean(self.values(way, p, DECIDING))
+        return {way: max(some, key=lambda p: mean(way, p)) for way, some in finalists.items()}
 
     def search(self) -> dict[str, Point]:
         """First the base optimizer and SAM, then the other ways from SAM's lr and rho on."""
         found = self.best(dict.fromkeys((BASE, LONGER, "sam"), Point(0, 0)))
         sam, others = found["sam"], [way for way in self.ways if way != "sam"]
-        return found | self.best({way: sam.moved((0, round(2 * math.log2(WAYS[way].factor)))) for way in others})
+        found |= self.best({way: sam.moved((0, round(2 * math.log2(WAYS[way].factor)))) for way in others})
+        return self.decide(found)
 
     def rows(self, points: dict[str, Point]) -> list[dict[str, Any]]:
         """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy, None for one seed."""

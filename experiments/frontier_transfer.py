@@ -18,12 +18,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from experiments.climb import Point
 from experiments.commands import DataError, at_least, command, read_json, start, write_json
-from experiments.frontier import CHOOSING, SETTINGS, Frontier, Point, reported
+from experiments.frontier import DECIDING, SETTINGS, Frontier, reported
 from experiments.sweep import METHODS, WAYS
 from experiments.training import BACKENDS, check_device
-
-MORE = (*CHOOSING, *range(100, 106))  # seeds
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,10 +37,10 @@ class AtWidth(Frontier):
         self.method = method
 
     def refine(self, way: str, found: Point) -> Point:
-        """The best of the points around this one, over MORE seeds."""
+        """The best of the points around this one, over DECIDING seeds."""
         around = [found._replace(rho=found.rho + step) for step in range(-2, 3)]
-        self.train([(way, point) for point in around], MORE, f"{way} at width {self.setting.width}")
-        return max(around, key=lambda point: statistics.fmean(self.values(way, point, MORE)))
+        self.train([(way, point) for point in around], DECIDING, f"{way} at width {self.setting.width}")
+        return max(around, key=lambda point: statistics.fmean(self.values(way, point, DECIDING)))
 
 
 def found_points(setting: str, ways: list[str]) -> dict[str, Point]:
