@@ -1,0 +1,134 @@
+"""The search for the best (lr, rho) at each width, and what is reported of it, on accuracies from a formula."""
+
+import json
+import math
+
+import pytest
+from small_runs import refusal, sweep_rows, without_processes
+from test_sweep import interrupted_after
+
+from experiments import sweep, transfer_report, transfer_search
+from experiments.climb import Point, best_points, climb
+from experiments.sweep import ALONE, METHODS, Run
+
+
+def test_a_climb_ends_where_all_neighbours_are_worse():
+    height = lambda p: -((p.lr - 3) ** 2) - (p.rho + 2) ** 2
+    moves = [(1, 0), (-1, 0), (0, 1), (0, -1)]
+    assert climb(Point(0, 0), moves, height) == (Point(3, -2), [])
+    known = {Point(0, 0): 1.0, Point(1, 0): 2.0}
+    point, missing = climb(Point(0, 0), moves, known.get)
+    assert point == (0, 0) and missing == [(-1, 0), (0, 1), (0, -1)]
+
+
+def test_all_keys_move_at_once_and_nothing_is_trained_twice():
+    tops, trained = {"a": Point(2, 1), "b": Point(0, -2)}, []
+
+    def known(key, p):
+        return -abs(p.lr - tops[key].lr) - abs(p.rho - tops[key].rho) if (key, p) in trained else None
+
+    def train(pairs):
+        assert not set(pairs) & set(trained) and len({key for key, _ in pairs}) in (1, 2)
+        trained.extend(pairs)
+
+    moves = lambda key: [(0, 1), (0, -1)] + [(1, 0), (-1, 0)] * (key == "a")
+    starts = {"a": Point(0, 0), "b": Point(0, 0)}
+    assert best_points(starts, moves, known, train) == tops
+    assert {p.lr for key, p in trained if key == "b"} == {0} and starts["a"] == (0, 0)
+
+
+def by_formula(best_rho):
+    """sweep.train, with an accuracy that falls off around lr 0.2 and best_rho(method, width)."""
+
+    def train(run, place):
+        accuracy = 90 - 4 * math.log2(run.lr / 0.2) ** 2 + run.seed % 3
+        if run.rho:
+            accuracy += 5 - 3 * abs(4 * math.log10(run.rho / best_rho(run.method, run.width)))
+        return run._asdict() | {
+            "best": accuracy,
+            "last": accuracy,
+            "seconds": 0.0,
+            "device": "CPU",
+            "date": "2026-11-28",
+        }
+
+    return train
+
+
+def moving(method, width):
+    """The radius of one method falls with the width, by two steps of the grid where the width grows tenfold."""
+    return 0.1 * (8 / width) ** 0.5 if method == "muP-naive" else 0.1
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    without_processes(monkeypatch)
+    monkeypatch.setattr(sweep, "train", by_formula(moving))
+    return ["--widths", "8", "800", "80", "--seeds", "3", "--out", str(tmp_path)]
+
+
+def test_the_search_finds_the_optima_and_what_transfers(command, tmp_path, capsys):
+    assert transfer_search.main(command) == 0
+    rows = json.loads((tmp_path / "widths_mnist1d.json").read_text())["rows"]
+    assert [(row["method"], row["width"]) for row in rows] == [(m, w) for m in METHODS for w in (8, 80, 800)]
+    found = {(row["method"], row["width"]): row for row in rows}
+    for (method, width), row in found.items():
+        assert row["lr"] == row["alone_lr"] == 0.2
+        assert row["rho"] == pytest.approx(moving(method, width), rel=1e-2)
+        assert row["accuracies"] == pytest.approx([95, 96, 97], abs=0.1)  # of seeds 3, 4, 5
+        assert row["alone"] == [90, 91, 92] and row["lrs"] == [0.2, 0.2] and row["rhos"] == [row["rho"]] * 2
+        assert {*row["kept"]} == {"8"} if width == 8 else {*row["kept"]} == {"8", "80"}
+        accuracies = {(lr, rho): accuracy for lr, rho, accuracy in row["grid"]}
+        best = accuracies[0.2, row["rho"]]
+        assert len(accuracies) >= 5 and all(best >= accuracy for accuracy in accuracies.values())
+    lost = {key: transfer_report.regret(row, 8) for key, row in found.items()}
+    assert lost["muP-naive", 800][0] == pytest.approx(12, abs=0.1)  # four steps, three points each
+    assert all(pair == pytest.approx((0, 0), abs=0.1) for (method, _), pair in lost.items() if method != "muP-naive")
+    powers = {m: transfer_report.power_of_the_width(transfer_report.of(rows, m)) for m in METHODS}
+    assert powers.pop("muP-naive") == pytest.approx(-0.5, abs=0.01) and set(map(abs, powers.values())) <= {0}
+    stable = transfer_report.largest_stable_rho(found["muP²", 80])
+    assert stable == pytest.approx(0.1 * 10 ** (5 / 3 / 4), rel=0.01)  # 5 points are 5/3 steps
+    printed = capsys.readouterr().out
+    assert "| muP-naive | 800 | 0.2 | 0.01 | 96.0 ± 0.6 | 91.0 ± 0.6 | +5.0 ± 0.0 | 12.0 ± 0.0 | 6.0 ± 0.0 |" in printed
+    assert "at width 800 loses 0.0 ± 0.0 points with SP-naive, 12.0 ± 0.0 points with muP-naive" in printed
+    line = transfer_report.format_summary(rows).splitlines()[3]
+    assert line == "| muP-naive | 0.2, 0.1 | 0.2, 0.01 | 12.0 ± 0.0 | 96.0 ± 0.6 | width^-0.50 |"
+    assert (tmp_path / "widths_mnist1d.png").stat().st_size > 20_000
+
+
+def test_an_interrupted_search_goes_on(command, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "widths_mnist1d.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "train", interrupted_after(50))
+        assert transfer_search.main(command) == 130
+    assert len(sweep_rows(path)) == 50 and "the same command goes on" in capsys.readouterr().err
+    assert transfer_search.main(command) == 0
+    printed = capsys.readouterr().out
+    runs = [tuple(row[key] for key in Run._fields) for row in sweep_rows(path)]
+    assert len(runs) == len(set(runs))
+    monkeypatch.setattr(sweep, "train", None)
+    assert transfer_search.main(command) == 0 and capsys.readouterr().out == printed
+
+
+def test_reported_seeds_are_not_those_of_the_search(command, tmp_path, monkeypatch):
+    """Where the search's seeds prefer another point, the report does not follow the reported ones."""
+    formula = by_formula(lambda method, width: 0.1)
+
+    def train(run, place):
+        row = formula(run, place)
+        if run.seed >= 3 and run.rho == 0.3162:
+            row["best"] += 50
+        return row
+
+    monkeypatch.setattr(sweep, "train", train)
+    assert transfer_search.main([*command, "--methods", "muP²"]) == 0
+    rows = json.loads((tmp_path / "widths_mnist1d.json").read_text())["rows"]
+    assert all(row["rho"] == 0.1 and max(row["accuracies"]) < 98 for row in rows)
+    assert {row["method"] for row in sweep_rows(tmp_path / "widths_mnist1d.jsonl")} == {"muP²", ALONE["mup"]}
+
+
+def test_a_wrong_command(tmp_path, capsys):
+    assert "argument --seeds" in refusal(capsys, transfer_search.main, "--seeds", "1")
+    assert "--graph takes --device cuda" in refusal(capsys, transfer_search.main, "--graph")
+    out = ["--out", str(tmp_path)]
+    assert "error: no CIFAR-10 in" in refusal(capsys, transfer_search.main, "--data", "cifar10", "--root", "no", *out)
