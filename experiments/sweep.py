@@ -92,6 +92,7 @@ NETWORKS = {
     "mlp": Network("3-layer MLP", 1, "sgd", "joint", "constant", "best"),
     "mlp-momentum": Network("3-layer MLP", 1, "sgd", "joint", "constant", "best", momentum=0.9),
     "mlp-cosine": Network("3-layer MLP", 1, "sgd", "joint", "cosine", "last", momentum=0.9),
+    "mlp-base-64": Network("3-layer MLP", 64, "sgd", "decoupled", "cosine", "last", momentum=0.9),
     "mlp-adamw": Network("3-layer MLP", 32, "adam", "decoupled", "constant", "last"),
     "resnet": Network("ResNet-18", 8, "sgd", "decoupled", "cosine", "last", momentum=0.9, cost_width=10),
     "vit": Network("ViT with two layers", 16, "adam", "decoupled", "cosine", "last", gain=1.0, cost_width=30),

@@ -1,11 +1,13 @@
 """The search for the best (lr, rho) at each width, and what is reported of it, on accuracies from a formula."""
 
+import itertools
 import json
 import math
 
 import pytest
+import torch
 from small_runs import refusal, sweep_rows, without_processes
-from test_sweep import interrupted_after
+from test_sweep import few_digits, interrupted_after
 
 from experiments import sweep, transfer_report, transfer_search
 from experiments.climb import Point, best_points, climb
@@ -132,3 +134,25 @@ def test_a_wrong_command(tmp_path, capsys):
     assert "--graph takes --device cuda" in refusal(capsys, transfer_search.main, "--graph")
     out = ["--out", str(tmp_path)]
     assert "error: no CIFAR-10 in" in refusal(capsys, transfer_search.main, "--data", "cifar10", "--root", "no", *out)
+
+
+@pytest.mark.parametrize("name", transfer_search.SETTINGS)
+def test_runs_of_each_setting(name, tmp_path):
+    """At the base width all methods are one run. Elsewhere they are not, and all weights are trained."""
+    of = transfer_search.Transfer(name, transfer_search.parse_args(["--out", str(tmp_path)]))
+    base = sweep.NETWORKS[of.setting.network].base_width
+    assert base == {"mnist1d": 1, "fashion": 64}[name]
+    starts = of.starts()
+    assert {*starts} == {*METHODS, *ALONE.values()} and (len(set(starts.values())) == 2) == (base > 1)
+    at = lambda width, names: {of.run(m, width, Point(0, 0), 0) for m in names}
+    assert len(at(64, METHODS)) == (1 if base == 64 else 5) and len(at(128, METHODS)) == 5
+    assert len(at(64, ALONE.values())) == (1 if base == 64 else 2)
+    train, _ = few_digits("noisy-digits", None, "cpu") if name == "fashion" else few_digits("mnist1d", None, "cpu")
+    after = []
+    for run in at(128, METHODS):
+        _, training = sweep.trainings(run._replace(data="mnist1d"), train, of.place)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        training.train_epoch([tuple(t[:32] for t in train)])
+        assert not any(map(torch.equal, before, training.model.parameters()))
+        after.append(next(training.model.parameters()))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(after, 2))
