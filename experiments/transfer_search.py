@@ -5,12 +5,12 @@
     python -m experiments.transfer_search --data cifar10 --root DIR --device cuda --graph --widths 256 1024 4096
 
 At every width each method's best (lr, rho) is searched on a grid, whose steps are factors of 2 for lr and quarter
-decades for rho: first with one seed, then with three, until all neighbours are worse, so that no best point lies on an
-edge. The search begins at the best point of the next narrower width. All that is reported comes from six other seeds:
-the accuracy at the best point, at the best points of the two narrowest widths, without SAM (whose lr is searched in the
-same way), and next to the best rho. Three of these seeds are trained at larger radii, too, until the accuracy has
-collapsed. Every finished run is appended to OUT/widths_NAME.jsonl: the same command goes on where it was interrupted,
-and only draws and prints where nothing is missing.
+decades for rho: first with one seed, then with three, at the two narrowest widths with nine, until all neighbours are
+worse, so that no best point lies on an edge. The search begins at the best point of the next narrower width. All that
+is reported comes from six other seeds: the accuracy at the best point, at the best points of the two narrowest widths,
+without SAM (whose lr is searched in the same way), and next to the best rho. Three of these seeds are trained at larger
+radii, too, until the accuracy has collapsed. Every finished run is appended to OUT/widths_NAME.jsonl: the same command
+goes on where it was interrupted, and only draws and prints where nothing is missing.
 
 On MNIST-1D a 3-layer ReLU MLP without biases is trained as in the paper: SGD at batch size 64 and a constant learning
 rate, the test accuracy of the best epoch counts, widths enter absolutely (base width 1) as in Definition 4. On
@@ -23,7 +23,7 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from experiments.training import BACKENDS, check_device, has_kernels, is_cuda
 from experiments.transfer_report import COLLAPSE, format_table, plot, what_to_see
 
 CHOOSING = range(3)  # seeds of the search
+MORE = range(100, 106)  # seeds, at the two narrowest widths, whose best points are tried at all others
 AROUND = 1  # steps of rho to both sides of the best one, at which all reported seeds are trained, too
 FEW = 3  # of the reported seeds, farther away
 
@@ -102,12 +103,16 @@ class Transfer:
     def search(self) -> None:
         points = self.starts()
         for width in self.setting.widths:
-            for seeds in (CHOOSING[:1], CHOOSING):
+            for seeds in (CHOOSING[:1], CHOOSING, self.choosing(width)):
                 points = self.search_at(width, points, seeds)
             self.best[width] = points
             self.report_at(width)
 
-    def search_at(self, width: int, starts: dict[str, Point], seeds: range) -> dict[str, Point]:
+    def choosing(self, width: int) -> tuple[int, ...]:
+        """The seeds by which the best point of a width is chosen."""
+        return (*CHOOSING, *MORE) if width in self.setting.widths[:2] else (*CHOOSING,)
+
+    def search_at(self, width: int, starts: dict[str, Point], seeds: Sequence[int]) -> dict[str, Point]:
         def known(method: str, point: Point) -> float | None:
             values = self.values(method, width, point, seeds)
             return statistics.fmean(values) if values else None
@@ -145,9 +150,10 @@ class Transfer:
         return None if means[-1] < max(means) - COLLAPSE else list(found)[-1].moved((0, 1))
 
     def known_points(self, method: str, width: int) -> dict[Point, list[float]]:
-        """All points at which the search had three seeds."""
+        """All points that were known when the best one was chosen."""
         around = itertools.product(range(-12, 13), [0] if method in ALONE.values() else range(-24, 13))
-        found = {point: self.values(method, width, point, CHOOSING) for point in itertools.starmap(Point, around)}
+        seeds = self.choosing(width)
+        found = {point: self.values(method, width, point, seeds) for point in itertools.starmap(Point, around)}
         return {point: values for point, values in found.items() if values}
 
     def as_good(self, method: str, width: int) -> list[Point]:
