@@ -103,7 +103,7 @@ class CompiledPasses:
             # No kernel would call reduce, and other processes may wait for it. All have moments, or none.
             if not any(p.numel() for p in perturbed) and not moments:
                 return torch_passes.climb(phase, groups, variant, process_group, moments)
-        if moments and built_with_cuda and torch.cuda.is_current_stream_capturing():
+        if moments and built_with_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self.plan.may_sum = False  # replays of a graph change moments, and torch does not count that
         backups = self.backups if groups else []  # the backups' memory is kept for the next climb
         state, moment = moments or (None, "")

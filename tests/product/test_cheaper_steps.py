@@ -389,6 +389,7 @@ def test_graphs_need_no_sums_of_earlier_updates(monkeypatch):
         with monkeypatch.context() as patch:
             if step == 3:
                 patch.setattr(mup2.compiled_passes, "built_with_cuda", True)
+                patch.setattr(torch.cuda, "is_initialized", lambda: True)
                 patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             opt.first_step()
         e = [p.detach() - w for p, w in zip(params, before)]
