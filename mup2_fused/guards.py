@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mup2_fused.sharded import Groups
 
+Seen = list[tuple[Any, Any, int]]  # (parameter, reference to its gradient, its version)
 optimizers: dict[int, ref[Any]] = {}  # every SAM of this process, by its id
 
 
@@ -23,7 +24,8 @@ class Guard:
         optimizers[key] = ref(optimizer, lambda _: optimizers.pop(key, None))
         self.rates: dict[int, float] = {}  # id of a group's first parameter -> the lr with which param_groups() made it
         self.latest_rate: Any = None  # of the first group, at the latest look
-        self.gradients: list[tuple[Any, Any, int]] = []  # (parameter, reference to its first gradient, version)
+        self.gradients: Seen = []  # the first pass's
+        self.added = False  # whether the first pass added to gradients that were there before
         self.kept: list[tuple[Any, Tensor]] = []  # gradients of a step without SAM, which were set to None
         self.looks_left = 3  # at gradients
         self.warned: set[str] = set()
@@ -52,11 +54,26 @@ class Guard:
         """Remember the first and the last gradient, in some steps: a loop that adds to them does so in every step."""
         if self.looks_left == 0:
             return
+        self.gradients = self.look(groups)
         self.looks_left -= 1
+
+    def look(self, groups: Groups) -> Seen:
+        """The first and the last gradient. Empty after a few steps."""
+        if self.looks_left == 0:
+            return []
         params = [group["params"] for group in groups]
         ends = with_gradient(p for ps in params for p in ps), with_gradient(p for ps in params[::-1] for p in ps[::-1])
         counted = [p for p in ends if p is not None and not p.grad.is_inference()]  # torch counts its changes
-        self.gradients = [(p, ref(p.grad), p.grad._version) for p in counted]
+        return [(p, ref(p.grad), p.grad._version) for p in counted]
+
+    def after_closure(self, before: Seen, result: Any) -> None:
+        """RuntimeError if the closure at w + e has computed no gradient. before: the gradients seen before it ran."""
+        # A closure that replays a CUDA graph changes gradients unseen, but returns a loss.
+        if result is None and before and all(p.grad is g() and p.grad._version == v for p, g, v in before):
+            raise RuntimeError(
+                "the closure computed no gradient at w + e: it must run the forward and the backward pass. In "
+                "Lightning's manual optimization, give opt.step() such a closure: without one, SAM would do nothing"
+            )
 
     def keep_gradients(self, groups: Groups) -> None:
         """Keep gradients that are about to be set to None: no second pass may come that would make new ones."""
@@ -75,15 +92,19 @@ class Guard:
             self.compare_rates(groups)
 
     def compare_gradients(self) -> None:
-        """Warn if the first gradients have been added to."""
-        # Adding changes a tensor once. With zeros before, it changes twice. With None before, the tensor is a new one.
-        now = [(p.grad, g(), version) for p, g, version in self.gradients]
-        if now and all(g is first and g is not None and g._version == version + 1 for g, first, version in now):
+        """Warn if the first gradients have been added to; RuntimeError if they had been added to others, too."""
+        gradients, self.gradients, twice, self.added = self.gradients, [], self.added, False
+        if added_to(gradients):
+            if twice:
+                raise RuntimeError(
+                    "the closure added its gradient twice to gradients that were there before: call opt.zero_grad() at "
+                    "its start. Do not use Lightning's accumulate_grad_batches, which gives SAM the last batch only: "
+                    "split a large batch in the closure. A closure without autograd assigns gradients: p.grad = g"
+                )
             self.warn(
                 "the second pass seems to have added its gradient to the first one: call opt.zero_grad() at the start "
                 "of the closure, or first_step(zero_grad=True). Ignore this if your loop overwrites gradients in place"
             )
-        self.gradients = []
 
     def compare_rates(self, groups: Groups) -> None:
         """Warn if the learning rates are no longer proportional to what they were."""
@@ -102,6 +123,23 @@ class Guard:
         if text not in self.warned:
             self.warned.add(text)
             warnings.warn(text, stacklevel=outside())
+
+
+def added_to(gradients: Seen) -> bool:
+    """Whether they have been added to since they were seen."""
+    # Adding changes a tensor once. With zeros before, it changes twice. With None before, the tensor is a new one.
+    now = [(p.grad, g(), version) for p, g, version in gradients]
+    return bool(now) and all(g is first and g is not None and g._version == v + 1 for g, first, v in now)
+
+
+def require_all_batches() -> None:
+    """RuntimeError where Accelerate calls step(closure) for the last one of several batches only."""
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)  # one for the whole process
+    if state and state._shared_state and state().num_steps > 1:
+        raise RuntimeError(
+            "Accelerate's gradient accumulation runs the closure for the last batch of each group only, and the others "
+            "are lost: leave gradient_accumulation_steps at 1, and split large batches in the closure (mup2.accumulate)"
+        )
 
 
 def outside() -> int:

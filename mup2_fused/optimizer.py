@@ -19,10 +19,15 @@ from torch._compile import _disable_dynamo as uncompiled
 from mup2_fused import torch_passes
 from mup2_fused.arguments import check_arguments, check_base, check_factors, first_moment, make_base, variant_of
 from mup2_fused.compiled_passes import passes_for, passes_with
-from mup2_fused.guards import Guard
+from mup2_fused.guards import Guard, added_to, require_all_batches
 from mup2_fused.loops import random_states
 from mup2_fused.saving import Saving
 from mup2_fused.torch_passes import Phase
+
+SCALED = (
+    "with float16, call first_step() after the first backward pass and scaler.step(opt) after the second. "
+    "docs/frameworks.md does so in Lightning (16-mixed) and Accelerate (fp16)"
+)
 
 
 class SAM(Saving):
@@ -197,6 +202,8 @@ class SAM(Saving):
             if closure is not None:
                 loss = self._run(closure, ascent_closure, found_inf)
             elif self.phase.backups is None:
+                if found_inf is not None:
+                    raise RuntimeError(f"nothing is perturbed: {SCALED}")
                 return torch_passes.make_state(self.base_optimizer)
             base = self.base_optimizer
             if base.param_groups is not self.param_groups or base.state is not self.state:  # somebody replaced them
@@ -213,20 +220,24 @@ class SAM(Saving):
     def _run(self, closure: Callable[[], Any], ascent_closure: Any, found_inf: Tensor | None) -> Any:
         """The passes of a step."""
         if found_inf is not None:
-            raise RuntimeError("GradScaler cannot unscale in a closure: use first_step() and scaler.step(opt)")
+            raise RuntimeError(f"GradScaler cannot unscale in a closure: {SCALED}")
+        require_all_batches()
         random = random_states(self.param_groups) if self.same_randomness else []
+        before = self.guard.look(self.param_groups)
         with torch.enable_grad():
             if self.moment:
                 if ascent_closure:
                     raise RuntimeError("ascent='momentum' needs no first pass: leave out ascent_closure")
                 self.first_step()
                 loss = closure()
+                self.guard.after_closure(before, loss)
             else:
                 loss = (ascent_closure if ascent_closure and self.climbs else closure)()
+                self.guard.added = added_to(before)
                 if self.first_step():
                     for set_state, state in random:
                         set_state(state)
-                    closure()
+                    self.guard.after_closure(self.guard.gradients, closure())
         if self.phase.backups is None:
             raise RuntimeError("the closure called second_step() or restore(), which step(closure) does by itself")
         return loss

@@ -110,6 +110,31 @@ def test_a_second_pass_that_adds_to_the_first(SAM, two_step):
         opt.second_step() if two_step else opt.step(closure)
 
 
+def test_a_closure_that_adds_to_gradients_from_before(SAM):
+    """As in loops that call backward before step(closure). It is an error, and the weights stay."""
+    params = parameters()
+    opt, before = SAM(params, lr=0.1), [p.detach().clone() for p in params]
+    closure = closure_of(opt, params, zero=False)
+    closure()
+    with pytest.raises(RuntimeError, match="call opt.zero_grad\\(\\) at its start"):
+        opt.step(closure)
+    assert all(map(torch.equal, params, before)) and opt.phase.backups is None
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match="seems to have added its gradient"):  # in one pass only
+        opt.step(closure)
+
+
+def test_a_closure_without_a_backward_pass(SAM):
+    """It is an error if it returns nothing: one that replays a graph changes gradients unseen, and returns a loss."""
+    params = parameters()
+    opt, before = SAM(params, lr=0.1), [p.detach().clone() for p in params]
+    closure_of(opt, params)()
+    with pytest.raises(RuntimeError, match="the closure computed no gradient at w \\+ e"):
+        opt.step(lambda: None)
+    assert all(map(torch.equal, params, before)) and opt.phase.backups is None
+    assert opt.step(lambda: 1.5) == 1.5 and not all(map(torch.equal, params, before))
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_a_second_pass_that_does_not_add(SAM, set_to_none):
     params = parameters()
