@@ -41,6 +41,7 @@ FACTS = {
     "digits": Facts((1, 8, 8), 10, 1438),
     "fashion-mnist": Facts((1, 28, 28), 10, 60_000),
     "fashion-mnist-5k": Facts((1, 28, 28), 10, 5000),
+    "fashion-mnist-1k": Facts((1, 28, 28), 10, 1000),
     "cifar10": Facts((3, 32, 32), 10, 50_000),
     "cifar100": Facts((3, 32, 32), 100, 50_000),
     "imagenet": Facts((3, 224, 224), 1000, 1_281_167),
@@ -51,7 +52,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     """(train inputs, train labels), (test inputs, test labels); inputs are standardized, labels are 0, 1, ...
 
-    name: "mnist1d" (inputs (N, 40)), "digits" (N, 1, 8, 8), "fashion-mnist" or its part "fashion-mnist-5k"
+    name: "mnist1d" (inputs (N, 40)), "digits" (N, 1, 8, 8), "fashion-mnist" or its parts "fashion-mnist-5k" and "-1k"
     (N, 1, 28, 28), "cifar10" or "cifar100" (N, 3, 32, 32; standardized per channel). CIFAR and the whole Fashion-MNIST
     come from root, the folder with their files. "noisy-" in front of a name makes 40 % of the training labels random,
     and "noisy30-" makes 30 %, so that there is something to overfit; test labels stay right. Raises DataError.
@@ -61,7 +62,7 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
         return (x, with_noise(y, int(noisy[1] or LABEL_NOISE))), test
     if name in ("mnist1d", "digits"):
         return load_mnist1d() if name == "mnist1d" else load_digits()
-    if name in ("fashion-mnist", "fashion-mnist-5k"):
+    if name.startswith("fashion-mnist"):
         return load_fashion_mnist(name, root)
     splits = read(CIFAR[name], folder(name, root))
     mean, std = (s[:, None, None] for s in colours(splits[0][0]))
@@ -105,7 +106,8 @@ def load_mnist1d() -> tuple[Split, Split]:
 
 
 def load_fashion_mnist(name: str, root: str | Path | None) -> tuple[Split, Split]:
-    splits = fashion_mnist.part() if name.endswith("5k") else fashion_mnist.read(folder(name, root))
+    small = {"fashion-mnist-5k": None, "fashion-mnist-1k": 100}  # training images of each class
+    splits = fashion_mnist.part(small[name]) if name in small else fashion_mnist.read(folder(name, root))
     (x, y), (x_test, y_test) = (tuple(torch.tensor(array) for array in split) for split in splits)
     x, x_test = x.float().unsqueeze(1), x_test.float().unsqueeze(1)
     mean, std = x.mean(), x.std()

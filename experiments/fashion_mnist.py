@@ -67,11 +67,14 @@ def idx(folder: Path, name: str) -> tuple[np.ndarray, Path]:
         return np.frombuffer(content, np.uint8, offset=start).reshape(count, *rest), path
 
 
-def part() -> tuple[Arrays, Arrays]:
-    """(train, test) as they come with this repository: 5,000 and 2,500 images, as many of each class."""
+def part(per_class: int | None = None) -> tuple[Arrays, Arrays]:
+    """(train, test) as they come with this repository: 5,000 and 2,500 images, as many of each class.
+
+    per_class: so many training images of each class only.
+    """
     with reading(PART, "get it again from the repository"), np.load(PART, allow_pickle=False) as file:
         x, y, x_test, y_test = (file[key] for key in KEYS)
-    return (x, y), (x_test, y_test)
+    return chosen((x, y), per_class) if per_class else (x, y), (x_test, y_test)
 
 
 def chosen(split: Arrays, per_class: int) -> Arrays:

@@ -34,13 +34,19 @@ class ResNet18(nn.Module):
     """ResNet-18 with the stem for small images, one 3x3 convolution: (B, channels, h, w) -> (B, classes).
 
     width: channels of the first stage; the later ones have 2, 4 and 8 times as many. 64 is width multiplier 1.
+    stem_stride: 2 halves the images first, so that everything takes a quarter of the time.
     """
 
     def __init__(
-        self, width: int = 64, classes: int = 10, channels: int = 3, readout: Callable[..., nn.Module] = nn.Linear
+        self,
+        width: int = 64,
+        classes: int = 10,
+        channels: int = 3,
+        readout: Callable[..., nn.Module] = nn.Linear,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(channels, width, 3, stem_stride, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         sizes = [width, width, 2 * width, 4 * width, 8 * width]
         stages = (
@@ -51,7 +57,7 @@ class ResNet18(nn.Module):
         self.head = readout(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.relu(self.norm(self.stem(x))))  # (B, 8 width, h / 8, w / 8)
+        x = self.stages(F.relu(self.norm(self.stem(x))))  # (B, 8 width, h / 8, w / 8) with stem_stride 1
         return self.head(x.mean((2, 3)))
 
 

@@ -26,7 +26,9 @@ class Method(NamedTuple):
 
     parameterization: str
     perturbation: str
-    rhos: tuple[float, ...]
+    rhos: tuple[float, ...] = ()
+    variant: str = "sam"
+    perturb: str = "all"
 
 
 METHODS = {
@@ -36,6 +38,16 @@ METHODS = {
     "muP²": Method("mup", "effective", (0.0316, 0.1, 0.3162, 0.5623, 1.0)),
     "SP-LP": Method("sp", "effective", (0.01, 0.0316, 0.1, 0.1778, 0.3162)),
 }
+VARIANTS = {  # of SAM, the rows of Table 2
+    f"{name}{title}": Method(*scaling, variant=variant, perturb=perturb)
+    for title, variant, perturb in (
+        (" SAM-ON", "sam", "norm"),
+        (" elementwise", "elementwise", "all"),
+        (" layerwise", "layerwise", "all"),
+    )
+    for name, scaling in {"SP-naive": ("sp", "naive"), "muP²": ("mup", "effective")}.items()
+}
+ALL_METHODS = METHODS | VARIANTS
 ALONE = {"sp": "SP-SGD", "mup": "muP-SGD"}  # the base optimizer alone, which may also be AdamW
 
 
@@ -95,7 +107,9 @@ NETWORKS = {
     "mlp-base-64": Network("3-layer MLP", 64, "sgd", "decoupled", "cosine", "last", momentum=0.9),
     "mlp-adamw": Network("3-layer MLP", 32, "adam", "decoupled", "constant", "last"),
     "resnet": Network("ResNet-18", 8, "sgd", "decoupled", "cosine", "last", momentum=0.9, cost_width=10),
+    "resnet-28": Network("ResNet-18", 4, "sgd", "decoupled", "cosine", "last", momentum=0.9, cost_width=10),
     "vit": Network("ViT with two layers", 16, "adam", "decoupled", "cosine", "last", gain=1.0, cost_width=30),
+    "vit-28": Network("ViT with two layers", 16, "adam", "decoupled", "cosine", "last", gain=1.0, cost_width=30),
 }
 
 
@@ -136,24 +150,25 @@ def make_network(name: str, width: int, x: Tensor, d_out: int, parameterization:
     if name.startswith("mlp"):
         return mup2.MLP(x[0].numel(), width, d_out)
     channels, *image = x.shape[1:]
-    if name == "resnet":
-        return networks.ResNet18(width, d_out, channels)
+    if name.startswith("resnet"):
+        return networks.ResNet18(width, d_out, channels, stem_stride=2 if name == "resnet-28" else 1)
     head_dim = NETWORKS[name].base_width // HEADS if parameterization == "mup" else None
-    return networks.ViT(width, 2, HEADS, tuple(image), 2, d_out, channels, base_head_dim=head_dim)
+    patch = 4 if name == "vit-28" else 2
+    return networks.ViT(width, 2, HEADS, tuple(image), patch, d_out, channels, base_head_dim=head_dim)
 
 
 def build(run: Run, x: Tensor, d_out: int, backend: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model on x's device, and SAM, or its base optimizer alone for rho 0."""
-    alone = {name: (parameterization, "naive") for parameterization, name in ALONE.items()}
-    parameterization, perturbation = alone.get(run.method) or METHODS[run.method][:2]
+    alone = {name: Method(parameterization, "naive") for parameterization, name in ALONE.items()}
+    method = alone.get(run.method) or ALL_METHODS[run.method]
     network = NETWORKS[run.network]
     names = dict(base_optimizer=network.base_optimizer, norm=network.norm)
-    scaling = mup2.exponents(parameterization, perturbation, **names)
+    scaling = mup2.exponents(method.parameterization, method.perturbation, method.variant, **names)
     torch.manual_seed(run.seed)
     widths = (run.width, network.base_width)
-    model, base = (make_network(run.network, width, x, d_out, parameterization) for width in widths)
+    model, base = (make_network(run.network, width, x, d_out, method.parameterization) for width in widths)
     mup2.init_(model, base, scaling, gain=network.gain).to(x.device)
-    groups = mup2.param_groups(model, base, scaling, lr=run.lr, rho=run.rho)
+    groups = mup2.param_groups(model, base, scaling, lr=run.lr, rho=run.rho, perturb=method.perturb)
     kind = torch.optim.AdamW if network.base_optimizer == "adam" else torch.optim.SGD
     options = dict(momentum=network.momentum) if network.momentum else {}
     if run.rho == 0:

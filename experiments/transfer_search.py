@@ -30,7 +30,19 @@ from typing import Any, NamedTuple
 from experiments.climb import Point, best_points
 from experiments.commands import at_least, command, start, write_json
 from experiments.data import loadable
-from experiments.sweep import ALONE, METHODS, NETWORKS, Place, Run, data_on, read_runs, score, sweep
+from experiments.sweep import (
+    ALL_METHODS,
+    ALONE,
+    METHODS,
+    NETWORKS,
+    VARIANTS,
+    Place,
+    Run,
+    data_on,
+    read_runs,
+    score,
+    sweep,
+)
 from experiments.training import BACKENDS, check_device, has_kernels, is_cuda
 from experiments.transfer_report import COLLAPSE, format_table, plot, what_to_see
 
@@ -48,15 +60,21 @@ class Setting(NamedTuple):
     widths: tuple[int, ...]
     epochs: int
     lr: float
-    rho: float  # plain SAM's; other methods of a network without a base width begin at multiples of it
+    rho: float  # plain SAM's
+    methods: tuple[str, ...] = tuple(METHODS)
 
 
+TWO = ("SP-naive", "muP²")
 SETTINGS = {
     "mnist1d": Setting("mlp", "mnist1d", (64, 128, 256, 512, 1024), 60, 0.4, 0.3162),
     "fashion": Setting("mlp-base-64", "noisy30-fashion-mnist-5k", (64, 128, 256, 512, 1024), 30, 0.01, 0.1),
+    "resnet": Setting("resnet-28", "noisy30-fashion-mnist-1k", (4, 8, 16, 32), 10, 0.1, 0.1, TWO),
+    "vit": Setting("vit-28", "noisy30-fashion-mnist-1k", (16, 32, 64, 128), 20, 0.005, 0.1, TWO),
+    "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 10, 0.1, 0.1, (*TWO, *VARIANTS)),
 }
-# Where widths enter absolutely, a radius means something else in each parameterization.
+# Where the search begins, as multiples of plain SAM's rho: where widths enter absolutely, and for the variants of SAM.
 FACTORS = {"muP-naive": 0.1, "SP-LP": 0.3162}
+VARIANT_FACTORS = {"sam": 3.162, "elementwise": 10.0, "layerwise": 0.1}
 
 
 class Transfer:
@@ -65,19 +83,20 @@ class Transfer:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         given = {key: value for key in ("data", "widths", "epochs") if (value := getattr(args, key))}
         self.setting = SETTINGS[name]._replace(**given)
-        self.name, self.methods, self.reported = name, args.methods, range(len(CHOOSING), len(CHOOSING) + args.seeds)
+        self.name, self.methods = name, args.methods or self.setting.methods
+        self.reported = range(len(CHOOSING), len(CHOOSING) + args.seeds)
         self.place = Place(**{key: getattr(args, key) for key in Place._fields})
         self.path = args.out / f"widths_{args.name or name}.jsonl"
         self.runs = read_runs(self.path)
         self.best: dict[int, dict[str, Point]] = {}  # width -> method, or base optimizer alone -> its best point
 
     def alone(self, method: str) -> str:
-        return ALONE[METHODS[method].parameterization]
+        return ALONE[ALL_METHODS[method].parameterization]
 
     def run(self, method: str, width: int, point: Point, seed: int) -> Run:
-        """At the base width, all methods are the same one."""
+        """At the base width, all methods but the variants of SAM are the same one."""
         s, alone = self.setting, method in ALONE.values()
-        if width == NETWORKS[s.network].base_width:
+        if width == NETWORKS[s.network].base_width and method not in VARIANTS:
             method = ALONE["sp"] if alone else "SP-naive"
         return Run(s.data, method, width, self.lr(point), 0.0 if alone else rho(point), seed, s.epochs, s.network)
 
@@ -95,7 +114,9 @@ class Transfer:
 
     def starts(self) -> dict[str, Point]:
         """Of the methods, and of the base optimizer alone."""
-        factors = FACTORS if NETWORKS[self.setting.network].base_width == 1 else {}
+        factors = (FACTORS if NETWORKS[self.setting.network].base_width == 1 else {}) | {
+            method: VARIANT_FACTORS[v.variant] for method, v in VARIANTS.items()
+        }
         radius = lambda method: round(4 * math.log10(self.setting.rho * factors.get(method, 1.0)))
         alone = {self.alone(method): Point(0, 0) for method in self.methods}
         return {method: Point(0, radius(method)) for method in self.methods} | alone
@@ -192,7 +213,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--settings", nargs="+", choices=SETTINGS, default=["mnist1d"])
     add("--data", type=loadable, help="in place of the setting's, such as cifar10")
     add("--root", help="folder with the files of CIFAR or Fashion-MNIST")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    add("--methods", nargs="+", choices=ALL_METHODS, help="in place of the setting's")
     add("--widths", nargs="+", type=at_least(1, int), help="in place of the setting's")
     add("--seeds", type=at_least(2, int), default=6, help="that are reported, after the three of the search")
     add("--epochs", type=at_least(1, int), help="in place of the setting's")

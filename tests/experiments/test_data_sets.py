@@ -23,7 +23,7 @@ VERSIONS = pytest.mark.parametrize("version", ["python", "binary"])
 
 
 def test_embedded_and_synthetic_data():
-    for name in ("digits", "mnist1d", "fashion-mnist-5k"):
+    for name in ("digits", "mnist1d", "fashion-mnist-5k", "fashion-mnist-1k"):
         images, facts = data.images(name), data.FACTS[name]
         x, y = images.train.tensors
         assert images[2:] == facts[:2] and x.shape == (facts.train_samples, *facts.shape)
