@@ -68,11 +68,12 @@ class Guard:
 
     def after_closure(self, before: Seen, result: Any) -> None:
         """RuntimeError if the closure at w + e has computed no gradient. before: the gradients seen before it ran."""
-        # A closure that replays a CUDA graph changes gradients unseen, but returns a loss.
+        # A closure that replays a CUDA graph changes gradients unseen; it can return its loss.
         if result is None and before and all(p.grad is g() and p.grad._version == v for p, g, v in before):
             raise RuntimeError(
                 "the closure computed no gradient at w + e: it must run the forward and the backward pass. In "
-                "Lightning's manual optimization, give opt.step() such a closure: without one, SAM would do nothing"
+                "Lightning's manual optimization, give opt.step() such a closure: without one, SAM would do nothing. "
+                "A closure that replays a CUDA graph must return its loss"
             )
 
     def keep_gradients(self, groups: Groups) -> None:
