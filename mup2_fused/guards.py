@@ -69,7 +69,8 @@ class Guard:
     def after_closure(self, before: Seen, result: Any) -> None:
         """RuntimeError if the closure at w + e has computed no gradient. before: the gradients seen before it ran."""
         # A closure that replays a CUDA graph changes gradients unseen; it can return its loss.
-        if result is None and before and all(p.grad is g() and p.grad._version == v for p, g, v in before):
+        now = [(p.grad, g(), version) for p, g, version in before]
+        if result is None and now and all(g is first and g is not None and g._version == v for g, first, v in now):
             raise RuntimeError(
                 "the closure computed no gradient at w + e: it must run the forward and the backward pass. In "
                 "Lightning's manual optimization, give opt.step() such a closure: without one, SAM would do nothing. "

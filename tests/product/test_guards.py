@@ -132,6 +132,8 @@ def test_a_closure_without_a_backward_pass(SAM):
     with pytest.raises(RuntimeError, match="the closure computed no gradient at w \\+ e"):
         opt.step(lambda: None)
     assert all(map(torch.equal, params, before)) and opt.phase.backups is None
+    assert opt.step(opt.zero_grad) is None and all(map(torch.equal, params, before)), "no gradient, no update"
+    closure_of(opt, params)()
     assert opt.step(lambda: 1.5) == 1.5 and not all(map(torch.equal, params, before))
 
 
