@@ -108,6 +108,7 @@ def plot(results: list[Seen], seeds: int, path: Path) -> None:
         f"stars: the best rho of each width; mean and standard deviation of {seeds} seeds"
     )
     figure.savefig(path, dpi=200)
+    plt.close(figure)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

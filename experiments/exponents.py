@@ -266,6 +266,7 @@ def plot(widths: list[int], results: list[dict], path: Path) -> None:
     plt.setp(axes[1], xlabel="width n")
     plt.setp(axes[:, 0], ylabel=f"effect on the layer's output\nrelative to width {widths[0]}")
     figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def plot(rows: list[Row], heading: str, path: Path) -> None:
     seeds = rows[0]["seeds"]
     axis.set_title(f"{heading}\nmean and standard error of {seeds} seeds; lr and rho are tuned for each way")
     figure.savefig(path)
+    plt.close(figure)
 
 
 def points(axis: Any, kind: Kind, rows: list[Row]) -> None:

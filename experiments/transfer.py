@@ -97,6 +97,7 @@ def plot(optima: Optima, path: Path) -> None:
     network = NETWORKS[args.network].title
     figure.suptitle(f"{network} on {args.data}, {args.epochs} epochs\nnumbers: test accuracy %, stars: the optimum")
     figure.savefig(path)
+    plt.close(figure)
 
 
 def heat_map(axis: Any, optima: Optima, method: str, width: int) -> None:

@@ -131,6 +131,7 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
         f"best learning rate,\nmean and standard error of {seeds} seeds; dotted: the best rho of width {narrow}"
     )
     figure.savefig(path)
+    plt.close(figure)
 
 
 def heat_map(axis: Any, rows: list[Row]) -> None:

@@ -143,10 +143,12 @@ def test_closures_of_pytorch_optimizer(SAM):
 
 
 def test_closures_of_davda54_sam(SAM):
-    """They do not set gradients to zero, so that the second pass adds to the first: a warning."""
+    """They do not set gradients to zero, so that both passes add to what is there: an error, and the weights stay."""
     loop = partial(closure_loop, zero_grad=False, before=True)
-    with pytest.warns(UserWarning, match=r"added its gradient to the first one: call opt.zero_grad\(\)"):
-        loop(model := network(), SAM(model.parameters(), lr=0.05))
+    model = network()
+    with pytest.raises(RuntimeError, match=r"added its gradient twice .* call opt.zero_grad\(\) at its start"):
+        loop(model, SAM(model.parameters(), lr=0.05))
+    assert all(map(torch.equal, model.parameters(), network().parameters()))
 
 
 def test_a_scheduler_on_the_base_optimizer(SAM):

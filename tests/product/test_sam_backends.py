@@ -230,7 +230,7 @@ def test_the_compiler_leaves_the_passes_alone(SAM):
     calls = {
         "first_step": opt.first_step,
         "restore": opt.restore,
-        "step(closure)": lambda: opt.step(lambda: None),
+        "step(closure)": lambda: opt.step(lambda: 0.0),
         "step()": lambda: (opt.first_step(), opt.step()),
     }
     for name, call in calls.items():
