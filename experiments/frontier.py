@@ -36,13 +36,14 @@ from experiments.sweep import (
     WAYS,
     Place,
     Run,
+    add_place,
     data_on,
     read_runs,
     score,
     sweep,
     trainings,
 )
-from experiments.training import BACKENDS, check_device
+from experiments.training import check_device
 
 CHOOSING = (0, 1)  # seeds
 DECIDING = (*CHOOSING, *range(100, 106))  # seeds, where more of them are needed
@@ -247,9 +248,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=at_least(1, int), help="that are reported, after the two of the search; default the setting's")
     add("--epochs", type=at_least(1, int), help="default the setting's")
     add("--width", type=at_least(1, int), help="default the setting's")
-    add("--jobs", type=at_least(1, int), default=2, help="runs at once")
-    add("--device", default="cpu")
-    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
+    add_place(parser)
     add("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(argv)
 

@@ -21,8 +21,8 @@ from typing import Any
 from experiments.climb import Point
 from experiments.commands import DataError, at_least, command, read_json, start, write_json
 from experiments.frontier import DECIDING, SETTINGS, Frontier, reported
-from experiments.sweep import METHODS, WAYS
-from experiments.training import BACKENDS, check_device
+from experiments.sweep import METHODS, WAYS, add_place
+from experiments.training import check_device
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -105,9 +105,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--widths", nargs="+", type=at_least(1, int), default=[64, 256, 1024])
     add("--seeds", type=at_least(1, int), default=3, help="that are reported, after the two of the search")
     add("--epochs", type=at_least(1, int), help="default the setting's")
-    add("--jobs", type=at_least(1, int), default=2, help="runs at once")
-    add("--device", default="cpu")
-    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
+    add_place(parser)
     add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     args.widths = sorted(set(args.widths))

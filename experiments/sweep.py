@@ -1,5 +1,6 @@
 """Training runs at several widths: how each one is trained, and a file of finished runs to which a sweep adds."""
 
+import argparse
 import functools
 import json
 import math
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 import mup2_fused as mup2
 from experiments import data, networks
-from experiments.commands import reading, worker_processes
-from experiments.training import Training, device_name
+from experiments.commands import at_least, reading, worker_processes
+from experiments.training import BACKENDS, Training, device_name
 
 BATCH = 64
 HEADS = 4  # of the ViT, at every width
@@ -138,6 +139,14 @@ class Place(NamedTuple):
     backend: str = "auto"  # of mup2.SAM
     graph: bool = False  # SAM's whole iterations as one CUDA graph
     jobs: int = 2  # runs at once
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The flags by which commands say where runs take place."""
+    add = parser.add_argument
+    add("--jobs", type=at_least(1, int), default=2, help="runs at once")
+    add("--device", default="cpu")
+    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
 
 
 @functools.cache

@@ -38,12 +38,13 @@ from experiments.sweep import (
     VARIANTS,
     Place,
     Run,
+    add_place,
     data_on,
     read_runs,
     score,
     sweep,
 )
-from experiments.training import BACKENDS, check_device, has_kernels, is_cuda
+from experiments.training import check_device, has_kernels, is_cuda
 from experiments.transfer_report import COLLAPSE, format_table, plot, what_to_see
 
 CHOOSING = range(3)  # seeds of the search
@@ -217,9 +218,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--widths", nargs="+", type=at_least(1, int), help="in place of the setting's")
     add("--seeds", type=at_least(2, int), default=6, help="that are reported, after the three of the search")
     add("--epochs", type=at_least(1, int), help="in place of the setting's")
-    add("--jobs", type=at_least(1, int), default=2, help="runs at once")
-    add("--device", default="cpu")
-    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
+    add_place(parser)
     add("--graph", action="store_true", help="replay iterations as a CUDA graph")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     add("--name", help="of the result files; default the setting's, and that of other data")

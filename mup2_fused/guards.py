@@ -69,8 +69,7 @@ class Guard:
     def after_closure(self, before: Seen, result: Any) -> None:
         """RuntimeError if the closure at w + e has computed no gradient. before: the gradients seen before it ran."""
         # A closure that replays a CUDA graph changes gradients unseen; it can return its loss.
-        now = [(p.grad, g(), version) for p, g, version in before]
-        if result is None and now and all(g is first and g is not None and g._version == v for g, first, v in now):
+        if result is None and changes(before) == {0}:
             raise RuntimeError(
                 "the closure computed no gradient at w + e: it must run the forward and the backward pass. In "
                 "Lightning's manual optimization, give opt.step() such a closure: without one, SAM would do nothing. "
@@ -130,8 +129,13 @@ class Guard:
 def added_to(gradients: Seen) -> bool:
     """Whether they have been added to since they were seen."""
     # Adding changes a tensor once. With zeros before, it changes twice. With None before, the tensor is a new one.
-    now = [(p.grad, g(), version) for p, g, version in gradients]
-    return bool(now) and all(g is first and g is not None and g._version == v + 1 for g, first, v in now)
+    return changes(gradients) == {1}
+
+
+def changes(gradients: Seen) -> set[int | None]:
+    """How often they have changed since they were seen; None where there is another gradient, or none."""
+    now = [(p.grad, first(), version) for p, first, version in gradients]
+    return {g._version - version if g is not None and g is first else None for g, first, version in now}
 
 
 def require_all_batches() -> None:
