@@ -83,7 +83,7 @@ def training_stages(architecture: str) -> list[Stage]:
     mlp = [*steps, "200", "--presets", "mlp-cifar10", "--width-multipliers", "1", "4", "16"]  # widths 256, 1024, 4096
     batch = ["30", "--batch-size", "128", "--width-multipliers", "1", "--presets"]
     figure = [*python, "-m", "experiments.transfer", "--device", "cuda", "--graph", "--widths", "256", "1024", "4096"]
-    figure += ["--seeds", "3", "--slice-seeds", "0", "--jobs", "3", "--name", "transfer_mnist1d_gpu"]
+    figure += ["--methods", "SP-naive", "muP²", "--seeds", "3", "--jobs", "3", "--name", "mnist1d_gpu"]
     return [
         build,
         Stage("tests", [*CUDA_TESTS, "tests/experiments"], 120, ("pytest", "sklearn", *modules)),

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import a10g, step_kinds, step_time
-from experiments import demo, epoch_time_tables, frontier, frontier_report, frontier_transfer, optima, sweep, transfer
+from experiments import demo, epoch_time_tables, frontier, frontier_report, frontier_transfer, sweep, transfer_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+KEY_TRANSFER = {"mnist1d": "MNIST-1D"}
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,24 +41,22 @@ def span(values: list[float]) -> str:
 # ------------------------------------------------------------------------------------------- accuracy and theory
 
 
-def transfer_table(name: str) -> str:
-    summary = load(RESULTS / f"{name}.json")
-    return optima.format_table(summary["rows"], transfer.base_name(summary["args"]["network"]))
+def transfer_rows(name: str) -> list[transfer_report.Row]:
+    return load(RESULTS / f"transfer_{name}.json")["rows"]
+
+
+def transfer_tables() -> dict[str, Callable[[], str]]:
+    """By the setting's name: its table, and the sentence below its figure."""
+    tables: dict[str, Callable[[], str]] = {}
+    for name in (path.stem for path in sorted(RESULTS.glob("transfer_*.json"))):
+        rows = partial(transfer_rows, name.partition("_")[2])
+        tables |= {name: lambda rows=rows: transfer_report.format_table(rows())}
+        tables |= {f"{name}_caption": lambda rows=rows: f"*{transfer_report.what_to_see(rows())}*"}
+    return tables
 
 
 def key_transfer() -> str:
-    """One row per method: the best (lr, rho) at each width, and what the widest network reaches."""
-    rows = load(RESULTS / "transfer_mnist1d.json")["rows"]
-    methods, widths = (list(dict.fromkeys(r[key] for r in rows)) for key in ("method", "width"))
-    head = ["", *(f"best (lr, rho) at width {n}" for n in widths)]
-    head += [f"regret at {widths[-1]}", f"accuracy % at {widths[-1]}"]
-    lines = []
-    for method in methods:
-        mine = [r for r in rows if r["method"] == method]
-        last = mine[-1]
-        optima = [f"{r['lr']:g}, {r['rho']:.3g}" for r in mine]
-        lines.append([method, *optima, f"{last['regret']:.1f}", f"{last['accuracy']:.1f} ± {last['std']:.1f}"])
-    return markdown(head, lines)
+    return transfer_report.format_summary({title: transfer_rows(name) for name, title in KEY_TRANSFER.items()})
 
 
 def demo_runs() -> dict[str, demo.Seen]:
@@ -219,7 +218,7 @@ def a10g_tables() -> str:
 # ------------------------------------------------------------------------------------------- pages
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{path.stem: partial(transfer_table, path.stem) for path in sorted(RESULTS.glob("transfer_*.json"))},
+    **transfer_tables(),
     "demo_caption": demo_caption,
     "frontier": frontier_summary,
     "key_frontier": partial(frontier_summary, ("base", "momentum", "interval-8", "interval-4", "sam")),

@@ -75,12 +75,16 @@ class Training:
         start = time.perf_counter()
         loss = summed(self.train_epoch(batches)).item() / processes()[1]
         seconds = time.perf_counter() - start
+        return Epoch(loss, *self.evaluate(test), seconds)
+
+    def evaluate(self, test: Iterable[Batch]) -> tuple[float, float]:
+        """The loss and the accuracy in % of all processes' test samples. Every process of a group calls it."""
         model = getattr(self.model, "module", self.model)  # inside DistributedDataParallel
         if dist.is_initialized():
             for buffer in model.buffers():  # each process has seen other batches; the first one's statistics count
                 dist.broadcast(buffer, 0)
         test_loss, correct, samples = summed(mup2.evaluate(model, test, self.autocast)).tolist()
-        return Epoch(loss, test_loss / samples, 100 * correct / samples, seconds)
+        return test_loss / samples, 100 * correct / samples
 
 
 def precision(device: str, amp: str) -> tuple[Callable[[], AbstractContextManager], torch.amp.GradScaler]:

@@ -1,175 +1,233 @@
 """Figure 1 of the paper: how the best learning rate and radius of SAM move with the width, in five parameterizations.
 
-    python -m experiments.transfer                        the committed results: widths 128, 256, 512 on MNIST-1D
-    python -m experiments.transfer --network resnet       ResNet-18 on scikit-learn's digits, ten minutes; or vit
-    python -m experiments.transfer --data cifar10 --root DIR --device cuda --graph --widths 256 1024 4096 --epochs 20
+    python -m experiments.transfer                          the committed results: MNIST-1D, widths 64 to 1024
+    python -m experiments.transfer --settings fashion       Fashion-MNIST, of whose labels 30 % are random
+    python -m experiments.transfer --data cifar10 --root DIR --device cuda --graph --widths 256 1024 4096
 
-A 3-layer ReLU MLP without biases is trained with SGD at batch size 64 and constant learning rate; what counts is the
-best test accuracy of all epochs (as in the paper). Base width 1: widths enter as in Definition 4, absolutely. First a
-grid lr x rho at every width, then a slice over rho at each width's best lr with finer steps and more seeds, then the
-narrowest width's best (lr, rho) at the others. Every finished run is appended to OUT/NAME.jsonl: the same command goes
-on where it was interrupted, and only draws and prints where nothing is missing. --graph captures each SAM run's whole
-iteration as one CUDA graph, which gives the same results up to rounding.
+At every width each method's best (lr, rho) is searched on a grid, whose steps are factors of 2 for lr and quarter
+decades for rho: first with one seed, then with three, at the two narrowest widths with nine, until all neighbours are
+worse, so that no best point lies on an edge. The search begins at the best point of the next narrower width. All that
+is reported comes from six other seeds: the accuracy at the best point, at the best points of the two narrowest widths,
+without SAM (whose lr is searched in the same way), and next to the best rho. Three of these seeds are trained at larger
+radii, too, until the accuracy has collapsed. Every finished run is appended to OUT/transfer_NAME.jsonl: the same
+command goes on where it was interrupted, and only draws and prints where nothing is missing.
 
-ResNet-18 (SGD with momentum) and a small ViT (AdamW) follow a cosine schedule to their last epoch, whose accuracy
-counts, and have a base width and Algorithm 1's norm. mlp-adamw is the network of experiments.demo.
+On MNIST-1D a 3-layer ReLU MLP without biases is trained as in the paper: SGD at batch size 64 and a constant learning
+rate, the test accuracy of the best epoch counts, widths enter absolutely (base width 1) as in Definition 4. On
+Fashion-MNIST, of whose training labels 30 % are random, the MLP has base width 64, at which all methods are the same,
+momentum, a cosine schedule to the last epoch, whose accuracy counts, and Algorithm 1's norm. --graph captures each SAM
+run's whole iteration as one CUDA graph.
 """
 
 import argparse
 import itertools
-import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments import figures
-from experiments.commands import command, start
+from experiments.climb import Point, best_points
+from experiments.commands import at_least, command, start, write_json
 from experiments.data import loadable
-from experiments.optima import Optima, format_table, grid_rhos, slice_rhos, what_to_look_at
-from experiments.sweep import ALONE, METHODS, NETWORKS, Place, Run, data_on, sweep
-from experiments.training import BACKENDS, check_device, has_kernels, is_cuda
+from experiments.sweep import (
+    ALL_METHODS,
+    ALONE,
+    METHODS,
+    NETWORKS,
+    VARIANTS,
+    Place,
+    Run,
+    add_place,
+    data_on,
+    read_runs,
+    score,
+    sweep,
+)
+from experiments.training import check_device, has_kernels, is_cuda
+from experiments.transfer_report import COLLAPSE, format_table, plot, what_to_see
 
-DEFAULTS: dict[str, dict[str, Any]] = {  # of the options, for each network
-    "mlp": dict(data="mnist1d", widths=[128, 256, 512], methods=[*METHODS], lrs=[0.2, 0.4, 0.8])
-    | dict(slice_seeds=6, epochs=60),
-    "mlp-adamw": dict(data="noisy-digits", widths=[32, 128, 512], methods=["SP-naive", "muP²"])
-    | dict(lrs=[0.0025, 0.005, 0.01], rhos=[0.1, 0.1778, 0.3162, 0.5623], slice_seeds=0, epochs=10),
-    "resnet": dict(data="noisy-digits", widths=[8, 32], methods=["SP-naive", "muP²"])
-    | dict(lrs=[0.0125, 0.025, 0.05, 0.1, 0.2, 0.4], rhos=[0.05, 0.1, 0.2], slice_seeds=0, epochs=6),
-    "vit": dict(data="noisy-digits", widths=[16, 64], methods=["SP-naive", "muP²"])
-    | dict(lrs=[0.001, 0.003, 0.01, 0.03, 0.1], rhos=[0.01, 0.03, 0.1], slice_seeds=0, epochs=12),
+CHOOSING = range(3)  # seeds of the search
+MORE = range(100, 106)  # seeds, at the two narrowest widths, whose best points are tried at all others
+AROUND = 1  # steps of rho to both sides of the best one, at which all reported seeds are trained, too
+FEW = 3  # of the reported seeds, farther away
+
+
+class Setting(NamedTuple):
+    """What is trained, and where the search begins at the narrowest width."""
+
+    network: str
+    data: str
+    widths: tuple[int, ...]
+    epochs: int
+    lr: float
+    rho: float  # plain SAM's
+    methods: tuple[str, ...] = tuple(METHODS)
+
+
+TWO = ("SP-naive", "muP²")
+SETTINGS = {
+    "mnist1d": Setting("mlp", "mnist1d", (64, 128, 256, 512, 1024), 60, 0.4, 0.3162),
+    "fashion": Setting("mlp-base-64", "noisy30-fashion-mnist-1k", (64, 128, 256, 512, 1024), 60, 0.005, 0.1778),
+    "resnet": Setting("resnet-28", "noisy30-fashion-mnist-1k", (4, 8, 16, 32), 10, 0.1, 0.1, TWO),
+    "vit": Setting("vit-28", "noisy30-fashion-mnist-1k", (16, 32, 64, 128), 20, 0.005, 0.1, TWO),
+    "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 10, 0.1, 0.1, (*TWO, *VARIANTS)),
 }
+# Where the search begins, as multiples of plain SAM's rho: where widths enter absolutely, and for the variants of SAM.
+FACTORS = {"muP-naive": 0.1, "SP-LP": 0.3162}
+VARIANT_FACTORS = {"sam": 3.162, "elementwise": 10.0, "layerwise": 0.1}
 
 
-def base_name(network: str) -> str:
-    return "AdamW" if NETWORKS[network].base_optimizer == "adam" else "SGD"
+class Transfer:
+    """The runs of one setting, and the search for the best point of each method at each width."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        given = {key: value for key in ("data", "widths", "epochs") if (value := getattr(args, key))}
+        self.setting = SETTINGS[name]._replace(**given)
+        self.name, self.methods = name, args.methods or self.setting.methods
+        self.reported = range(len(CHOOSING), len(CHOOSING) + args.seeds)
+        self.place = Place(**{key: getattr(args, key) for key in Place._fields})
+        self.path = args.out / f"transfer_{args.name or '_'.join(filter(None, (name, args.data)))}.jsonl"
+        self.runs = read_runs(self.path)
+        self.best: dict[int, dict[str, Point]] = {}  # width -> method, or base optimizer alone -> its best point
+
+    def alone(self, method: str) -> str:
+        return ALONE[ALL_METHODS[method].parameterization]
+
+    def run(self, method: str, width: int, point: Point, seed: int) -> Run:
+        """At the base width, all methods but the variants of SAM are the same one."""
+        s, alone = self.setting, method in ALONE.values()
+        if width == NETWORKS[s.network].base_width and method not in VARIANTS:
+            method = ALONE["sp"] if alone else "SP-naive"
+        return Run(s.data, method, width, self.lr(point), 0.0 if alone else rho(point), seed, s.epochs, s.network)
+
+    def lr(self, point: Point) -> float:
+        return float(f"{self.setting.lr * 2.0**point.lr:.4g}")
+
+    def values(self, method: str, width: int, point: Point, seeds: Iterable[int]) -> list[float] | None:
+        """Test accuracies in %; None if a run is missing."""
+        runs = [self.run(method, width, point, seed) for seed in seeds]
+        return [score(self.runs, run) for run in runs] if all(run in self.runs for run in runs) else None
+
+    def train(self, pairs: Iterable[tuple[str, Point]], width: int, seeds: Iterable[int], what: str) -> None:
+        runs = [self.run(method, width, point, seed) for seed in seeds for method, point in pairs]
+        self.runs = sweep(runs, self.path, self.place, f"{self.name}, width {width}, {what}")
+
+    def starts(self) -> dict[str, Point]:
+        """Of the methods, and of the base optimizer alone."""
+        factors = (FACTORS if NETWORKS[self.setting.network].base_width == 1 else {}) | {
+            method: VARIANT_FACTORS[v.variant] for method, v in VARIANTS.items()
+        }
+        radius = lambda method: round(4 * math.log10(self.setting.rho * factors.get(method, 1.0)))
+        alone = {self.alone(method): Point(0, 0) for method in self.methods}
+        return {method: Point(0, radius(method)) for method in self.methods} | alone
+
+    def search(self) -> None:
+        points = self.starts()
+        for width in self.setting.widths:
+            for seeds in (CHOOSING[:1], CHOOSING, self.choosing(width)):
+                points = self.search_at(width, points, seeds)
+            self.best[width] = points
+            self.report_at(width)
+
+    def choosing(self, width: int) -> tuple[int, ...]:
+        """The seeds by which the best point of a width is chosen."""
+        return (*CHOOSING, *MORE) if width in self.setting.widths[:2] else (*CHOOSING,)
+
+    def search_at(self, width: int, starts: dict[str, Point], seeds: Sequence[int]) -> dict[str, Point]:
+        def known(method: str, point: Point) -> float | None:
+            values = self.values(method, width, point, seeds)
+            return statistics.fmean(values) if values else None
+
+        lrs, radii = [(1, 0), (-1, 0)], [(0, 1), (0, -1)]
+        moves = lambda method: lrs if method in ALONE.values() else lrs + radii
+        return best_points(starts, moves, known, lambda pairs: self.train(pairs, width, seeds, "search"))
+
+    def report_at(self, width: int) -> None:
+        """Train what is reported of a width."""
+        best, narrow = self.best[width], list(self.best.values())[:2]
+        pairs = [(m, found[m]) for m, found in itertools.product(best, [best, *narrow])]
+        radii = [*range(-AROUND, 0), *range(1, AROUND + 1)]
+        pairs += [(m, best[m].moved((0, step))) for m, step in itertools.product(self.methods, radii)]
+        self.train(dict.fromkeys(pairs), width, self.reported, "report")
+        smaller = [(m, best[m].moved((0, -AROUND - 1))) for m in self.methods]
+        self.train(smaller, width, self.reported[:FEW], "smaller radii")
+        while larger := [(m, p) for m in self.methods if (p := self.next_radius(m, width))]:
+            self.train(larger, width, self.reported[:FEW], "larger radii")
+
+    def slice(self, method: str, width: int) -> dict[Point, list[float]]:
+        """The accuracies at the best lr by rho, as far as they are known."""
+        best, found = self.best[width][method], {}
+        for step in itertools.count(-AROUND - 1):
+            point = best.moved((0, step))
+            few, values = (self.values(method, width, point, seeds) for seeds in (self.reported[:FEW], self.reported))
+            if few is None:
+                return found
+            found[point] = values or few
+
+    def next_radius(self, method: str, width: int) -> Point | None:
+        """The next point of the slice, None if its last one has collapsed."""
+        found = self.slice(method, width)
+        means = [statistics.fmean(values) for values in found.values()]
+        return None if means[-1] < max(means) - COLLAPSE else list(found)[-1].moved((0, 1))
+
+    def known_points(self, method: str, width: int) -> dict[Point, list[float]]:
+        """All points that were known when the best one was chosen."""
+        around = itertools.product(range(-12, 13), [0] if method in ALONE.values() else range(-24, 13))
+        seeds = self.choosing(width)
+        found = {point: self.values(method, width, point, seeds) for point in itertools.starmap(Point, around)}
+        return {point: values for point, values in found.items() if values}
+
+    def as_good(self, method: str, width: int) -> list[Point]:
+        """The points that the search's seeds cannot tell from the best one: by one standard error of the difference."""
+        known, good = self.known_points(method, width), []
+        for point, values in known.items():
+            losses = [a - b for a, b in zip(known[self.best[width][method]], values)]
+            if statistics.fmean(losses) <= statistics.stdev(losses) / math.sqrt(len(losses)):
+                good.append(point)
+        return good
+
+    def row(self, method: str, width: int) -> dict[str, Any]:
+        """One row of the table, which also has all that the figure shows. Accuracies are lists over the seeds."""
+        best, alone, good = self.best[width][method], self.alone(method), self.as_good(method, width)
+        lrs, radii = [self.lr(p) for p in good], [rho(p) for p in good]
+        values = lambda name, point: self.values(name, width, point, self.reported)
+        row = {"method": method, "width": width, "lr": self.lr(best), "rho": rho(best)}
+        row |= {"lrs": [min(lrs), max(lrs)], "rhos": [min(radii), max(radii)], "accuracies": values(method, best)}
+        row |= {"alone_lr": self.lr(self.best[width][alone]), "alone": values(alone, self.best[width][alone])}
+        row |= {"kept": {f"{w}": values(method, self.best[w][method]) for w in [*self.best][:2] if w <= width}}
+        row |= {"slice": [[rho(p), v] for p, v in self.slice(method, width).items()]}
+        means = {p: statistics.fmean(v) for p, v in self.known_points(method, width).items()}
+        return row | {"grid": [[self.lr(p), rho(p), round(mean, 3)] for p, mean in means.items()]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.row(*pair) for pair in itertools.product(self.methods, self.best)]
 
 
-def train_all(args: argparse.Namespace, path: Path) -> Optima:
-    """Grid, slice and transfer, one after another, as each one's best points decide what the next one trains."""
-    place = Place(**{key: getattr(args, key) for key in Place._fields})
-
-    def finished(points: list[tuple], seeds: int, title: str) -> Optima:
-        """points: (method, width, lr, rho)."""
-        runs = [Run(args.data, *point, seed, args.epochs, args.network) for seed in range(seeds) for point in points]
-        return Optima(sweep(runs, path, place, title), args)
-
-    pairs = [*itertools.product(args.methods, args.widths)]
-    alone = {m: ALONE[METHODS[m].parameterization] for m in args.methods}
-    seeds = max(args.seeds, args.slice_seeds)
-    grid = [(m, w, lr, rho) for m, w in pairs for lr in args.lrs for rho in grid_rhos(m, args)]
-    grid += [(m, w, lr, 0.0) for m in dict.fromkeys(alone.values()) for w in args.widths for lr in args.lrs]
-    optima = finished(grid, args.seeds, "grid")
-    cut = [(m, w, optima.best_lr(m, w), rho) for m, w in pairs for rho in slice_rhos(m, args)]
-    for m, w in pairs:
-        lrs = {optima.best_lr(m, w), optima.best_lr(m, w, alone=True)}
-        cut += [(alone[m], w, lr, 0.0) for lr in lrs]
-    optima = finished(cut, seeds, "slice")
-    return finished([(m, w, *optima.narrow_best(m)) for m, w in pairs], seeds, "transfer")
-
-
-def summary(optima: Optima) -> dict[str, Any]:
-    settings = {k: v for k, v in vars(optima.args).items() if k not in ("out", "root", "jobs", "device", "backend")}
-    runs = optima.runs.values()
-    places = {key: sorted({row[key] for row in runs if key in row}) for key in ("device", "date")}
-    return {"args": settings, "rows": optima.table()} | places
-
-
-def plot(optima: Optima, path: Path) -> None:
-    """A heat map over lr and rho for each width and method; below, accuracy over rho (the MLP's) or over lr."""
-    plt = figures.pyplot()
-    args = optima.args
-    rows, columns = len(args.widths) + 1, len(args.methods)
-    size, heights = (3.1 * columns + 1, 2.1 * rows + 1.4), [1] * len(args.widths) + [1.7]
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", height_ratios=heights)
-    for column, method in enumerate(args.methods):
-        for axis, width in zip(axes[:, column], args.widths):
-            heat_map(axis, optima, method, width)
-        axes[0, column].set_title(method)
-        curves(axes[-1, column], optima, method)
-    for axis, width in zip(axes[:, 0], args.widths):
-        axis.set_ylabel(f"width {width}\nlearning rate")
-    pairs = [*itertools.product(args.methods, args.widths)]
-    low = min(optima.mean(m, w, optima.best_lr(m, w, alone=True), 0.0) for m, w in pairs)
-    high = max(optima.mean(m, w, *optima.optimum(m, w)) for m, w in pairs)
-    plt.setp(axes[-1], ylim=(low - (high - low) / 2, high + 2))  # collapsed runs leave the picture
-    axes[-1, 0].set_ylabel(f"test accuracy %\ndashed: {base_name(args.network)} alone")
-    axes[-1, 0].legend(fontsize=9)
-    network = NETWORKS[args.network].title
-    figure.suptitle(f"{network} on {args.data}, {args.epochs} epochs\nnumbers: test accuracy %, stars: the optimum")
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def heat_map(axis: Any, optima: Optima, method: str, width: int) -> None:
-    """Mean accuracies by (rho, lr), dark below 10 points less than the best."""
-    lrs, rhos = optima.args.lrs, grid_rhos(method, optima.args)
-    grid = optima.grid(method, width, rhos)
-    best = max(grid.values())
-    axis.grid(False)
-    z = [[grid[lr, rho] for rho in rhos] for lr in lrs]
-    axis.imshow(z, cmap=figures.SCALE, vmin=best - 10, vmax=best, aspect="auto", origin="lower")
-    for (i, lr), (j, rho) in itertools.product(enumerate(lrs), enumerate(rhos)):
-        colour = "black" if grid[lr, rho] > best - 4 else "white"
-        axis.text(j - 0.45, i, f"{grid[lr, rho]:.0f}", va="center", fontsize=9, color=colour)
-    lr, rho = optima.optimum(method, width)
-    figures.star(axis, width, position(rho, rhos) + 0.2, position(lr, lrs))  # beside the number
-    axis.set_xticks(range(len(rhos)), [f"{rho:.2g}" for rho in rhos])
-    axis.set_yticks(range(len(lrs)), [f"{lr:.3g}" for lr in lrs])
-
-
-def position(x: float, ticks: list[float] | tuple[float, ...]) -> float:
-    """Where x lies between the cells of a heat map, whose axes have one cell for each tick."""
-    import numpy as np
-
-    return float(np.interp(np.log(x), np.log(ticks), range(len(ticks))))
-
-
-def curves(axis: Any, optima: Optima, method: str) -> None:
-    """Accuracy over rho at each width's best lr; without a slice, over lr at the narrowest width's best rho."""
-    args = optima.args
-    over_lr = args.slice_seeds == 0 and len(args.lrs) > 1
-    for width in args.widths:
-        points = optima.slice(method, width)
-        if over_lr:
-            rho = optima.narrow_best(method)[1]
-            points = {lr: optima.values(method, width, lr, rho) for lr in args.lrs}
-        figures.curve(axis, width, points, label=f"width {width}")
-        alone = optima.mean(method, width, optima.best_lr(method, width, alone=True), 0.0)
-        axis.axhline(alone, color=figures.look_of(width)["color"], linestyle="--", linewidth=1)
-    figures.log_axis(axis, args.lrs if over_lr else [*grid_rhos(method, args)])
-    axis.set_xlabel(f"learning rate (rho {optima.narrow_best(method)[1]:.2g})" if over_lr else "rho (at the best lr)")
+def rho(point: Point) -> float:
+    return round(10 ** (point.rho / 4), 4 if point.rho >= -12 else 8)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--network", choices=NETWORKS, default="mlp", help="sets the defaults of the options below")
-    add("--data", type=loadable, help="such as mnist1d, noisy-digits or cifar10")
+    add("--settings", nargs="+", choices=SETTINGS, default=["mnist1d"])
+    add("--data", type=loadable, help="in place of the setting's, such as cifar10")
     add("--root", help="folder with the files of CIFAR or Fashion-MNIST")
-    add("--methods", nargs="+", choices=METHODS)
-    add("--widths", nargs="+", type=int)
-    add("--lrs", nargs="+", type=float)
-    add("--rhos", nargs="+", type=float, help="one grid for all methods instead of each one's own")
-    add("--seeds", type=int, default=2, help="of the grid")
-    add("--slice-seeds", type=int, help="of the slice at the best lr; 0: no slice")
-    add("--epochs", type=int)
-    add("--jobs", type=int, default=2, help="runs at once")
-    add("--device", default="cpu")
-    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
+    add("--methods", nargs="+", choices=ALL_METHODS, help="in place of the setting's")
+    add("--widths", nargs="+", type=at_least(1, int), help="in place of the setting's")
+    add("--seeds", type=at_least(2, int), default=6, help="that are reported, after the three of the search")
+    add("--epochs", type=at_least(1, int), help="in place of the setting's")
+    add_place(parser)
     add("--graph", action="store_true", help="replay iterations as a CUDA graph")
     add("--out", type=Path, default=Path(__file__).parent / "results")
-    add("--name", help="of the result files; default transfer_DATA, and the network's name")
+    add("--name", help="of the result files; default the setting's, and the data's if they are given")
     args = parser.parse_args(argv)
-    for key, value in DEFAULTS[args.network].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.network in ("resnet", "vit") and args.data.endswith("mnist1d"):
-        parser.error("MNIST-1D is for MLPs: the other networks take images")
     if args.graph and not (is_cuda(args.device) and has_kernels(args.device)):
         parser.error("--graph takes --device cuda, and mup2_fused built with CUDA")
-    args.widths = sorted(set(args.widths))
-    prefix = "transfer" if args.network == "mlp" else f"transfer_{args.network}"
-    args.name = args.name or f"{prefix}_{args.data}"
+    if args.name and len(args.settings) > 1:
+        parser.error("--name is for one setting")
+    args.widths = sorted(set(args.widths or []))
     return args
 
 
@@ -177,14 +235,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_device(args.device)
-    data_on(args.data, args.root, "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    optima = train_all(args, args.out / f"{args.name}.jsonl")
-    found, base, figure = summary(optima), base_name(args.network), args.out / f"{args.name}.png"
-    (args.out / f"{args.name}.json").write_text(json.dumps(found, indent=1, default=float) + "\n")
-    print(format_table(found["rows"], base))
-    plot(optima, figure)
-    print(f"\n{what_to_look_at(found['rows'], base)}\nfigure: {figure}")
+    for name in args.settings:
+        transfer = Transfer(name, args)
+        data_on(transfer.setting.data, args.root, "cpu")
+        transfer.search()
+        rows, s = transfer.rows(), transfer.setting
+        write_json(transfer.path.with_suffix(".json"), {"setting": s._asdict(), "rows": rows})
+        print(f"{format_table(rows)}\n\n{what_to_see(rows)}\n")
+        if len(s.widths) > 1:
+            plot(rows, s, transfer.path.with_suffix(".png"))
+            print(f"figure: {transfer.path.with_suffix('.png')}\n")
     return 0
 
 

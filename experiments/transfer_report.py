@@ -1,4 +1,4 @@
-"""The table and the figure of experiments.transfer_search, from the rows of its result file.
+"""The table and the figure of experiments.transfer, from the rows of its result file.
 
 A row has the accuracies of one method at one width, as lists over the reported seeds: at its best (lr, rho)
 ("accuracies"), at the best ones of the two narrowest widths ("kept"), without SAM ("alone") and over rho ("slice").
@@ -85,22 +85,41 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_summary(rows: list[Row]) -> str:
-    """Markdown, a line per method: what the widest network loses and reaches, and how the stable radius grows."""
-    narrow, wide = widths(rows)[0], widths(rows)[-1]
-    head = ["", f"best (lr, rho) at {narrow}", f"at {wide}", f"regret at {wide}", f"accuracy % at {wide}"]
-    lines = [[*head, "stable rho grows as"], ["---"] * (len(head) + 1)]
-    for method in methods(rows):
+def format_summary(results: dict[str, list[Row]]) -> str:
+    """Markdown, a line per method of each result: what its widest network loses and reaches, and its stable radius."""
+    (narrow, wide), *others = ((widths(rows)[0], widths(rows)[-1]) for rows in results.values())
+    assert all(other == (narrow, wide) for other in others), "one table for results at the same widths"
+    head = ["", "", f"best (lr, rho) at width {narrow}", f"at width {wide}", f"regret at {wide}"]
+    head += [f"accuracy % at {wide}", "stable rho grows as"]
+    lines = [head, ["---"] * len(head)]
+    for (title, rows), method in ((result, method) for result in results.items() for method in methods(result[1])):
         mine = of(rows, method)
         points = [f"{row['lr']:.3g}, {row['rho']:.3g}" for row in (mine[0], mine[-1])]
         found = [plus_minus(regret(mine[-1], narrow)), plus_minus(mean_error(mine[-1]["accuracies"]))]
-        lines.append([method, *points, *found, f"width^{power_of_the_width(mine):.2f}"])
+        lines.append([title, method, *points, *found, f"width^{power_of_the_width(mine):.2f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def format_variants(rows: list[Row]) -> str:
+    """Markdown in the layout of the paper's Table 2, from the rows of one width: accuracy, and gain over SGD."""
+    found = {row["method"]: row for row in rows}
+    lines = [["", *(TITLES.get(name, name) for name in ("SP-naive", "muP²"))], ["---"] * 3]
+    without = [plus_minus(mean_error(found[name]["alone"])) for name in ("SP-naive", "muP²")]
+    lines.append(["without SAM", *without])
+    for title, suffix in (("SAM", ""), *((name, f" {name}") for name in ("SAM-ON", "elementwise", "layerwise"))):
+        pair = [found[name + suffix] for name in ("SP-naive", "muP²")]
+        lines.append(
+            [title, *(f"{plus_minus(mean_error(r['accuracies']))} ({plus_minus(gain(r), '+')})" for r in pair)]
+        )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def what_to_see(rows: list[Row]) -> str:
     """One sentence on the widest network, made of the measured numbers."""
     narrow, wide = widths(rows)[0], widths(rows)[-1]
+    if narrow == wide:
+        best = max(rows, key=lambda row: statistics.fmean(row["accuracies"]))
+        return f"At width {wide}, {best['method']} reaches the most: {plus_minus(mean_error(best['accuracies']))} %."
     lost = {method: regret(of(rows, method)[-1], narrow) for method in methods(rows)}
     parts = ", ".join(f"{plus_minus(pair)} points with {method}" for method, pair in lost.items())
     return f"Keeping the best (lr, rho) of width {narrow} at width {wide} loses {parts}."
@@ -128,7 +147,7 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     figure.suptitle(
         f"{NETWORKS[setting.network].title} on {setting.data}, {setting.epochs} epochs. Above: accuracy at width "
         f"{wide}, and the way of\nthe optimum from width {narrow} to {wide}. Below: accuracy over rho at each width's "
-        f"best learning rate,\nmean and standard error of {seeds} seeds; dotted: the best rho of width {narrow}"
+        f"best learning rate,\nmean and standard deviation of {seeds} seeds; dotted: the best rho of width {narrow}"
     )
     figure.savefig(path)
     plt.close(figure)
@@ -155,7 +174,8 @@ def heat_map(axis: Any, rows: list[Row]) -> None:
             axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color="black", lw=2, shrinkA=6, shrinkB=6))
     for row, (x, y) in zip(rows, way):
         figures.star(axis, row["width"], x, y)
-    axis.set_xticks(range(len(rhos)), [f"{rho:.2g}" for rho in rhos])
+    every = 1 + (len(rhos) > 5)
+    axis.set_xticks(range(0, len(rhos), every), [f"{rho:.2g}" for rho in rhos[::every]])
     axis.set_yticks(range(len(lrs)), [f"{lr:.3g}" for lr in lrs])
     axis.set_xlabel("rho")
 
@@ -166,5 +186,5 @@ def curves(axis: Any, rows: list[Row]) -> None:
         figures.star(axis, row["width"], row["rho"], statistics.fmean(row["accuracies"]))
     axis.axvline(rows[0]["rho"], color="black", linestyle=":", linewidth=1.5)
     radii = sorted({rho for row in rows for rho, _ in row["slice"]})
-    figures.log_axis(axis, radii[:: max(1, len(radii) // 5)], digits=2)
+    figures.log_axis(axis, radii[:: 1 + (len(radii) > 5)], digits=2)
     axis.set_xlabel("rho")

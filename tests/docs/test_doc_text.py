@@ -1,7 +1,6 @@
 """README.md and docs/*.md: what they name exists, and their numbers are those of the committed result files."""
 
 import importlib
-import json
 import re
 import shlex
 import sys
@@ -149,70 +148,28 @@ def test_readme_is_short():
     assert "without an error" not in readme
 
 
-def rows(name, method):
-    """The method's rows of a transfer result, narrowest first."""
-    return [r for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"] if r["method"] == method]
-
-
 RESULTS_TEXT = " ".join(TEXT["docs/results.md"].split())  # repeats numbers of its tables: they are computed again here
-METHODS = ("SP-naive", "muP-naive", "muP-global", "muP²", "SP-LP")
 
 
 def assert_said(sentence, *numbers):
     assert sentence.format(*numbers) in RESULTS_TEXT
 
 
-def test_sentences_about_the_mlp():
-    mlp = {m: rows("transfer_mnist1d", m) for m in METHODS}
-    assert {(r["lr"], round(r["rho"], 3), r["regret"]) for r in mlp["muP²"]} == {(0.4, 0.316, 0.0)}
-    lost = {m: sorted(r["regret"] for r in found[1:]) for m, found in mlp.items()}
-    assert_said("loses {:.1f} to {:.1f} points there", *lost["muP-naive"])
-    assert_said("{:.1f} to {:.1f} with the radius scaled", *lost["muP-global"])
-    assert_said("Plain SAM loses {:.1f} to {:.1f}, SP-LP {:.1f} to {:.1f}", *lost["SP-naive"], *lost["SP-LP"])
-    assert [max(mlp, key=lambda m: mlp[m][i]["accuracy"]) for i in range(3)] == ["muP²"] * 3
-    plain, glob, ours = (mlp[m][-1] for m in ("SP-naive", "muP-global", "muP²"))
-    numbers = ours["accuracy"], plain["accuracy"], ours["sgd"], glob["accuracy"]
-    assert_said("{:.1f} % at width 512, against {:.1f} for plain SAM, {:.1f} for SGD in muP and {:.1f}", *numbers)
-    gains = [r["gain"] for m in ("muP²", "muP-global") for r in mlp[m]]
-    assert_said("gains {:.1f}, {:.1f} and {:.1f} points over its own SGD, muP-global {:.1f}, {:.1f} and {:.1f}", *gains)
-    assert {f"{r['gain']:.1f}" for r in mlp["SP-naive"][1:]} == {"4.5"} and 2.5 < ours["sgd"] - plain["sgd"] < 3.5
-    assert_said("falls from {:.3g} to {:.3g} between", *(r["largest_stable_rho"] for r in mlp["muP-naive"][1:]))
-    assert {r["largest_stable_rho"] for r in mlp["muP²"]} == {0.5623}
-
-
-def test_sentences_about_the_edge_of_the_grid():
-    runs = [json.loads(line) for line in (RESULTS / "transfer_mnist1d.jsonl").read_text().splitlines()]
-    assert_said("at lr 1.6 no run reaches more than {} %", max(r["best"] for r in runs if r["lr"] == 1.6))
-    edge = [r["best"] for r in runs if (r["method"], r["width"], r["lr"], r["rho"]) == ("muP²", 512, 0.8, 0.3162)]
-    assert len(edge) == 6
-    assert_said("with six seeds that gives {:.2f} %", sum(edge) / 6)
-
-
-def test_sentences_about_resnet_and_vit():
-    resnet, vit = ([rows(f"transfer_{n}_noisy-digits", m)[-1] for m in ("SP-naive", "muP²")] for n in ("resnet", "vit"))
-    assert_said("keeping 0.1 costs {:.1f} points", resnet[0]["regret"])
-    assert_said("with {:.1f} % against plain SAM's {:.1f}", resnet[1]["accuracy"], resnet[0]["accuracy"])
-    assert_said("and keeping it costs {:.1f} points", vit[0]["regret"])
-    numbers = vit[1]["regret"], vit[1]["accuracy"], vit[0]["accuracy"]
-    assert_said("costs {:.1f}, at {:.1f} % against {:.1f}", *numbers)
-    assert_said("loses {:.1f} points to AdamW alone", -vit[1]["gain"])
-
-
 def test_sentences_about_the_picture_of_the_readme():
     found = build.demo_runs()
-    grid = sorted(found["muP²"].points[512])
-    steps = {m: grid.index(x.best_rho(512)) - grid.index(x.best_rho(32)) for m, x in found.items()}
-    assert steps == {"SP-naive": 2, "muP²": 1, "muP-naive": 0}
-    assert found["muP-naive"].cost == 0 and found["muP-naive"].kept < found["muP²"].kept
-    assert max(found["SP-naive"].mean(512, rho) for rho in grid) < found["muP²"].kept
+    grid = sorted(found["muP²"].points[1024])
+    steps = {m: grid.index(x.best_rho(1024)) - grid.index(x.best_rho(64)) for m, x in found.items()}
+    assert steps == {"SP-naive": 2, "muP²": 1, "muP-naive": 1}
+    cost, best = ([getattr(found[m], key) for m in ("muP-naive", "muP²")] for key in ("cost", "kept"))
+    assert max(cost) < 1 and found["SP-naive"].cost > 7 and abs(best[0] - best[1]) < 0.5
 
 
-def test_the_learning_rate_of_the_picture_is_the_best_one_at_width_32():
+def test_the_learning_rate_of_the_picture_is_the_best_one_at_width_64():
     runs = sweep.read_runs(RESULTS / "demo.jsonl")
     rhos = [0.0562, 0.1, 0.1778, 0.3162]
     best = {}
-    for lr in (0.0025, 0.01, demo.LR):
-        x = demo.seen(runs, "SP-naive", [32], rhos, 8, lr)
-        best[lr] = x.mean(32, x.best_rho(32))
+    for lr in (0.000625, 0.0025, demo.LR):
+        x = demo.seen(runs, "SP-naive", [64], rhos, 5, lr)
+        best[lr] = x.mean(64, x.best_rho(64))
     assert max(best, key=best.get) == demo.LR
-    assert_said("half of it reaches {:.1f} %, twice of it {:.1f} %, and 0.005 {:.1f} %", *best.values())
+    assert_said("half of it reaches {:.1f} %, twice of it {:.1f} %, and 0.00125 {:.1f} %", *best.values())

@@ -12,7 +12,7 @@ from test_search import trials_of
 from experiments import search
 
 ENDLESS = {
-    "transfer": ["--widths", "512", "--lrs", "0.1", "0.2", "--epochs", "99999"],
+    "transfer": ["--widths", "512", "--epochs", "99999"],
     "exponents": ["--widths", "1024", "2048", "--seeds", "99"],
     "search": [*TINY_RESNET, "--epochs", "99999", "--jobs", "2", "--device", "cpu"],
     "vision": ["--width-multiplier", "1", "--epochs", "99999", "--workers", "2", "--device", "cpu"],

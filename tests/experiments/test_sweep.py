@@ -8,11 +8,10 @@ import pytest
 import torch
 from small_runs import ROOT, cifar_files, refusal, store, sweep_rows, without_processes
 
-from experiments import demo, optima, sweep, transfer
-from experiments.sweep import ALONE, METHODS, Run
+from experiments import demo, sweep, transfer
+from experiments.sweep import Place, Run
 from experiments.training import device_name
 
-SMALL = ["--widths", "8", "16", "--lrs", "0.1", "0.2", "--rhos", "0.1", "0.3", "--seeds", "1", "--slice-seeds", "2"]
 RESULTS = ROOT / "experiments" / "results"
 
 
@@ -32,38 +31,40 @@ def interrupted_after(count):
     return train_some
 
 
-def test_a_sweep_resumes_and_reports(tmp_path, capsys, monkeypatch):
+def test_a_sweep_resumes(tmp_path, monkeypatch):
     """Interrupted by Ctrl-C, and once more in the middle of a line: what is missing is trained, nothing twice."""
     without_processes(monkeypatch)
     monkeypatch.setattr(sweep, "data_on", few_digits)
-    command = ["--data", "noisy-digits", *SMALL, "--epochs", "1", "--out", str(tmp_path)]
-    path = tmp_path / "transfer_noisy-digits.jsonl"
+    points = itertools.product(("SP-naive", "muP²"), (8, 16), (0.1,), (0.1, 0.3), (0, 1))
+    runs = [Run("noisy-digits", *point, 1) for point in points]
+    path = tmp_path / "runs.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "train", interrupted_after(2))
-        assert transfer.main(command) == 130
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep(runs, path, Place(), "interrupted")
     first = sweep_rows(path)
-    assert len(first) == 2 and "interrupted; the same command goes on" in capsys.readouterr().err
-    assert transfer.main(command) == 0
-    printed = capsys.readouterr().out
+    assert len(first) == 2
+    found = sweep.sweep(runs, path, Place(), "resumed")
     lines, rows = path.read_text().splitlines(), sweep_rows(path)
-    assert rows[:2] == first
-    ran = [tuple(row[k] for k in ("method", "width", "lr", "rho", "seed")) for row in rows]
-    assert len(ran) == len(set(ran))
-    grid = itertools.product(METHODS, (8, 16), (0.1, 0.2), (0.1, 0.3), (0,))
-    assert {*grid, *itertools.product(ALONE.values(), (8, 16), (0.1, 0.2), (0.0,), (0,))} <= set(ran)
-    for method, width in itertools.product(METHODS, (8, 16)):  # the slice: one lr, all seeds, finer steps
-        cuts = [itertools.product([method], [width], [lr], (0.1, 0.1778, 0.3), (0, 1)) for lr in (0.1, 0.2)]
-        assert any(set(cut) <= set(ran) for cut in cuts)
-    assert all(method in printed for method in METHODS) and path.with_suffix(".png").exists()
-    summary = json.loads(path.with_suffix(".json").read_text())
-    assert [(r["method"], r["width"]) for r in summary["rows"]] == [*itertools.product(METHODS, (8, 16))]
-    assert all(r["regret"] == 0 if r["width"] == 8 else r["regret"] >= 0 for r in summary["rows"])
-    assert summary["device"] == [device_name("cpu")] and summary["date"] == sorted({row["date"] for row in rows})
+    assert rows[:2] == first and len(rows) == len(runs) and {*found} == {*runs}
+    assert {row["device"] for row in rows} == {device_name("cpu")}
     path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
-    assert transfer.main(command) == 0
-    assert capsys.readouterr().out == printed
+    assert sweep.sweep(runs, path, Place(), "resumed").keys() == found.keys()
     again = path.read_text().splitlines()
     assert again[:-3] == lines[:-3] and keyed(sweep_rows(path)) == keyed(rows), "a run is reproducible"
+
+
+def test_only_the_epoch_that_counts_is_tested(monkeypatch):
+    """The accuracy is that of the last epoch, also in a network of whose epochs the best one would be another."""
+    monkeypatch.setattr(sweep, "data_on", few_digits)
+    run = Run("noisy-digits", "SP-SGD", 32, 1.0, 0.0, 0, 3)
+    all_tested = sweep.train(run, Place())
+    monkeypatch.setitem(sweep.NETWORKS, "mlp", sweep.NETWORKS["mlp"]._replace(score="last"))
+    evaluated, evaluate = [], sweep.Training.evaluate
+    monkeypatch.setattr(sweep.Training, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
+    last_tested = sweep.train(run, Place())
+    assert len(evaluated) == 1 and all_tested["finished"] == last_tested["finished"] == 3
+    assert last_tested["last"] == last_tested["best"] == all_tested["last"] < all_tested["best"]
 
 
 @pytest.mark.parametrize("damaged", [b'{"data": ', b"[1]", b"{}", b"\xff", b"", "row without an accuracy"])
@@ -88,31 +89,26 @@ def test_the_committed_runs_are_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "worker_processes", None)
     for path in (RESULTS / "demo.jsonl", *RESULTS.glob("transfer_*.jsonl")):
         shutil.copy(path, tmp_path)
-    for network in ("mlp", "resnet", "vit"):
-        name = "transfer_mnist1d" if network == "mlp" else f"transfer_{network}_noisy-digits"
-        assert transfer.main(["--network", network, "--out", str(tmp_path)]) == 0
-        fresh, committed = (json.loads((p / f"{name}.json").read_text()) for p in (tmp_path, RESULTS))
-        assert fresh["rows"] == committed["rows"]
+    for path in RESULTS.glob("transfer_*.json"):
+        committed, name = json.loads(path.read_text()), path.stem.partition("_")[2]
+        widths = map(str, committed["setting"]["widths"])
+        assert transfer.main(["--settings", name, "--widths", *widths, "--out", str(tmp_path)]) == 0
+        assert json.loads((tmp_path / path.name).read_text()) == committed
     assert demo.main(["--methods", "SP-naive", "muP-naive", "muP²", "--out", str(tmp_path)]) == 0
-    assert "plain SAM moves by a factor of 3.2 (0.18 to 0.56)" in capsys.readouterr().out
+    assert "plain SAM moves by a factor of 3.2 (0.1 to 0.32)" in capsys.readouterr().out
     assert all(path.read_bytes() == (RESULTS / path.name).read_bytes() for path in tmp_path.glob("*.jsonl"))
 
 
-@pytest.mark.parametrize(
-    "network, widths", [("resnet", ["8", "16"]), ("vit", ["16", "32"]), ("mlp-adamw", ["32", "64"])]
-)
-def test_sweep_of_networks(tmp_path, capsys, monkeypatch, network, widths):
-    """At the base width plain SAM and muP² are the same runs. Without a slice, the grid is all that is trained."""
+@pytest.mark.parametrize("network, narrow", [("resnet", 8), ("vit", 16), ("mlp-adamw", 64)])
+def test_sweep_of_networks(tmp_path, monkeypatch, network, narrow):
+    """At the base width plain SAM and muP² are the same. What counts is the last epoch's accuracy."""
     without_processes(monkeypatch)
     monkeypatch.setattr(sweep, "data_on", few_digits)
-    command = ["--network", network, "--widths", *widths, "--lrs", "0.02", "--rhos", "0.1", "--epochs", "1"]
-    assert transfer.main([*command, "--seeds", "1", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert f"| muP² | {widths[1]} |" in printed and printed.count("(1) |") == 4
-    rows = sweep_rows(tmp_path / f"transfer_{network}_noisy-digits.jsonl")
-    assert {row["network"] for row in rows} == {network} and len(rows) == 2 * 4
-    last = {(row["method"], row["width"]): row["last"] for row in rows}
-    narrow, wide = map(int, widths)
+    points = [*itertools.product(("SP-naive", "muP²"), (narrow, 2 * narrow), (0.02,), (0.1,), (0,))]
+    points += [("muP-SGD", 2 * narrow, 0.02, 0.0, 0)]
+    sweep.sweep([Run("noisy-digits", *point, 1, network) for point in points], tmp_path / "runs.jsonl", Place(), "")
+    last = {(row["method"], row["width"]): row["last"] for row in sweep_rows(tmp_path / "runs.jsonl")}
+    wide = 2 * narrow
     assert last["muP²", narrow] == last["SP-naive", narrow] != last["muP²", wide] != last["SP-naive", wide]
     assert last["muP²", wide] != last["muP-SGD", wide]
 
@@ -122,43 +118,28 @@ def few_digits(name, root, device):
     return (x[:256], y[:256]), test
 
 
-def test_sweep_on_cifar10_and_errors(tmp_path, capsys, monkeypatch):
+def test_transfer_on_cifar10_and_errors(tmp_path, capsys, monkeypatch):
     without_processes(monkeypatch)
     store(tmp_path, "cifar10", "python", cifar_files("cifar10", "python"))
-    command = ["--data", "cifar10", "--out", str(tmp_path), "--epochs", "1", "--methods", "muP²", *SMALL]
-    assert transfer.main([*command, "--root", str(tmp_path)]) == 0
-    assert "| muP² | 16 |" in capsys.readouterr().out
+    command = ["--data", "cifar10", "--out", str(tmp_path), "--epochs", "1", "--methods", "muP²"]
+    monkeypatch.setattr(sweep, "train", interrupted_after(2))
+    assert transfer.main([*command, "--widths", "8", "--root", str(tmp_path)]) == 130
+    rows = sweep_rows(tmp_path / "transfer_mnist1d_cifar10.jsonl")
+    assert [(row["data"], row["width"], row["finished"]) for row in rows] == [("cifar10", 8, 1)] * 2
     assert "error: no CIFAR-10 in" in refusal(capsys, transfer.main, *command, "--root", str(tmp_path / "nowhere"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no GPU" in refusal(capsys, transfer.main, "--device", "cuda", "--out", str(tmp_path))
     assert "--graph takes --device cuda" in refusal(capsys, transfer.main, "--graph")
-    assert "take images" in refusal(capsys, transfer.main, "--network", "vit", "--data", "mnist1d")
-
-
-def test_optima_of_known_runs():
-    """Which (lr, rho) is best, what the narrow one's costs, and which radius is the largest stable one."""
-    flags = "--methods muP² --widths 8 16 --lrs 0.1 --rhos 0.1 0.3 1 --slice-seeds 0"
-    accuracies = {8: {0.0: 60, 0.1: 70, 0.3: 65, 1.0: 20}, 16: {0.0: 62, 0.1: 71, 0.3: 75, 1.0: 58}}
-    runs = {}
-    for width, rho, seed in itertools.product(accuracies, accuracies[8], (0, 1)):
-        run = Run("mnist1d", "muP²" if rho else "muP-SGD", width, 0.1, rho, seed, 60)
-        runs[run] = {"best": accuracies[width][rho] + seed}
-    narrow, wide = optima.Optima(runs, transfer.parse_args(flags.split())).table()
-    assert (narrow["rho"], wide["rho"], wide["regret"], wide["gain"], wide["sgd"]) == (0.1, 0.3, 4.0, 13.0, 62.5)
-    assert (narrow["largest_stable_rho"], wide["largest_stable_rho"]) == (0.3, 1.0)
-    assert (narrow["rho_edge"], wide["rho_edge"], wide["seeds"]) == (False, True, 2)
-    assert "| muP² | 16 | 0.1 | 0.3 | 75.5 ± 0.7 (2) | 62.5 ± 0.7 | +13.0 | 4.0 | ≥ 1 |" in optima.format_table([wide])
-    said = optima.what_to_look_at([narrow, wide], "SGD")
-    assert "(0.1, 0.1) at width 8 and (0.1, 0.3) at width 16, where the former costs 4.0 points" in said
+    assert "one setting" in refusal(capsys, transfer.main, "--settings", "fashion", "vit", "--name", "x")
 
 
 def test_the_demo(tmp_path, capsys, monkeypatch):
     without_processes(monkeypatch)
     monkeypatch.setattr(sweep, "data_on", few_digits)
-    command = ["--widths", "32", "64", "--rhos", "0.1", "0.3", "--seeds", "2", "--out", str(tmp_path)]
+    command = ["--widths", "64", "128", "--rhos", "0.1", "0.3", "--seeds", "2", "--out", str(tmp_path)]
     assert demo.main(command) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("From width 32 to 64,") and printed.count("\n") == 2 and "demo.png" in printed
+    assert printed.startswith("From width 64 to 128,") and printed.count("\n") == 2 and "demo.png" in printed
     rows = sweep_rows(tmp_path / "demo.jsonl")
     assert len(rows) == 2 * 2 * 2 * 2 and (tmp_path / "demo.png").exists()
     monkeypatch.setattr(sweep, "train", None)

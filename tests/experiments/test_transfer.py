@@ -9,7 +9,7 @@ import torch
 from small_runs import refusal, sweep_rows, without_processes
 from test_sweep import few_digits, interrupted_after
 
-from experiments import sweep, transfer_report, transfer_search
+from experiments import sweep, transfer, transfer_report
 from experiments.climb import Point, best_points, climb
 from experiments.sweep import ALONE, METHODS, Run
 
@@ -70,8 +70,8 @@ def command(monkeypatch, tmp_path):
 
 
 def test_the_search_finds_the_optima_and_what_transfers(command, tmp_path, capsys):
-    assert transfer_search.main(command) == 0
-    rows = json.loads((tmp_path / "widths_mnist1d.json").read_text())["rows"]
+    assert transfer.main(command) == 0
+    rows = json.loads((tmp_path / "transfer_mnist1d.json").read_text())["rows"]
     assert [(row["method"], row["width"]) for row in rows] == [(m, w) for m in METHODS for w in (8, 80, 800)]
     found = {(row["method"], row["width"]): row for row in rows}
     for (method, width), row in found.items():
@@ -93,23 +93,23 @@ def test_the_search_finds_the_optima_and_what_transfers(command, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "| muP-naive | 800 | 0.2 | 0.01 | 96.0 ± 0.6 | 91.0 ± 0.6 | +5.0 ± 0.0 | 12.0 ± 0.0 | 6.0 ± 0.0 |" in printed
     assert "at width 800 loses 0.0 ± 0.0 points with SP-naive, 12.0 ± 0.0 points with muP-naive" in printed
-    line = transfer_report.format_summary(rows).splitlines()[3]
-    assert line == "| muP-naive | 0.2, 0.1 | 0.2, 0.01 | 12.0 ± 0.0 | 96.0 ± 0.6 | width^-0.50 |"
-    assert (tmp_path / "widths_mnist1d.png").stat().st_size > 20_000
+    line = transfer_report.format_summary({"Data": rows}).splitlines()[3]
+    assert line == "| Data | muP-naive | 0.2, 0.1 | 0.2, 0.01 | 12.0 ± 0.0 | 96.0 ± 0.6 | width^-0.50 |"
+    assert (tmp_path / "transfer_mnist1d.png").stat().st_size > 20_000
 
 
 def test_an_interrupted_search_goes_on(command, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "widths_mnist1d.jsonl"
+    path = tmp_path / "transfer_mnist1d.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "train", interrupted_after(50))
-        assert transfer_search.main(command) == 130
+        assert transfer.main(command) == 130
     assert len(sweep_rows(path)) == 50 and "the same command goes on" in capsys.readouterr().err
-    assert transfer_search.main(command) == 0
+    assert transfer.main(command) == 0
     printed = capsys.readouterr().out
     runs = [tuple(row[key] for key in Run._fields) for row in sweep_rows(path)]
     assert len(runs) == len(set(runs))
     monkeypatch.setattr(sweep, "train", None)
-    assert transfer_search.main(command) == 0 and capsys.readouterr().out == printed
+    assert transfer.main(command) == 0 and capsys.readouterr().out == printed
 
 
 def test_reported_seeds_are_not_those_of_the_search(command, tmp_path, monkeypatch):
@@ -123,26 +123,35 @@ def test_reported_seeds_are_not_those_of_the_search(command, tmp_path, monkeypat
         return row
 
     monkeypatch.setattr(sweep, "train", train)
-    assert transfer_search.main([*command, "--methods", "muP²"]) == 0
-    rows = json.loads((tmp_path / "widths_mnist1d.json").read_text())["rows"]
+    assert transfer.main([*command, "--methods", "muP²"]) == 0
+    rows = json.loads((tmp_path / "transfer_mnist1d.json").read_text())["rows"]
     assert all(row["rho"] == 0.1 and max(row["accuracies"]) < 98 for row in rows)
-    assert {row["method"] for row in sweep_rows(tmp_path / "widths_mnist1d.jsonl")} == {"muP²", ALONE["mup"]}
+    assert {row["method"] for row in sweep_rows(tmp_path / "transfer_mnist1d.jsonl")} == {"muP²", ALONE["mup"]}
 
 
-def test_a_wrong_command(tmp_path, capsys):
-    assert "argument --seeds" in refusal(capsys, transfer_search.main, "--seeds", "1")
-    assert "--graph takes --device cuda" in refusal(capsys, transfer_search.main, "--graph")
-    out = ["--out", str(tmp_path)]
-    assert "error: no CIFAR-10 in" in refusal(capsys, transfer_search.main, "--data", "cifar10", "--root", "no", *out)
+def test_the_variants_table(command, tmp_path, capsys):
+    """One width, at which every variant has the same accuracy by the formula."""
+    assert transfer.main(["--settings", "table2", "--widths", "8", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert "At width 8, SP-naive reaches the most: 95.5 ± 0.5 %." in capsys.readouterr().out
+    assert not (tmp_path / "transfer_table2.png").exists()
+    rows = json.loads((tmp_path / "transfer_table2.json").read_text())["rows"]
+    lines = transfer_report.format_variants(rows).splitlines()
+    assert lines[2] == "| without SAM | 90.5 ± 0.5 | 90.5 ± 0.5 |"
+    assert [line.split(" | ")[0] for line in lines[3:]] == ["| SAM", "| SAM-ON", "| elementwise", "| layerwise"]
+    assert {line.split(" | ", 1)[1] for line in lines[3:]} == {"95.5 ± 0.5 (+5.0 ± 0.0) | 95.5 ± 0.5 (+5.0 ± 0.0) |"}
+
+
+def test_too_few_seeds_are_refused(capsys):
+    assert "argument --seeds" in refusal(capsys, transfer.main, "--seeds", "1")
 
 
 BASE_WIDTHS = {"mnist1d": 1, "fashion": 64, "resnet": 4, "vit": 16, "table2": 4}
 
 
-@pytest.mark.parametrize("name", transfer_search.SETTINGS)
+@pytest.mark.parametrize("name", transfer.SETTINGS)
 def test_runs_of_each_setting(name, tmp_path):
     """At the base width all methods are one run. Elsewhere they are not, and all weights are trained."""
-    of = transfer_search.Transfer(name, transfer_search.parse_args(["--out", str(tmp_path)]))
+    of = transfer.Transfer(name, transfer.parse_args(["--out", str(tmp_path)]))
     base = BASE_WIDTHS[name]
     assert base == sweep.NETWORKS[of.setting.network].base_width
     starts = of.starts()
