@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mup2_fused.bases import Base
 from mup2_fused.layouts import LORA
 from mup2_fused.optimizer import SAM
 from mup2_fused.roles import Weight, describe
@@ -22,7 +23,7 @@ from mup2_ref import MUP2, ROLES, Exponents, factors, initial_std, known
 
 def param_groups(
     model: nn.Module,
-    base: nn.Module | None = None,
+    base: Base = None,
     scaling: Exponents = MUP2,
     *,
     lr: float | None,
@@ -33,8 +34,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for SAM, or for any torch optimizer, with the lr, rho and gradnorm_scaling of this width.
 
-    base: the same architecture at the base width, where lr and rho were tuned; it may live on the meta device. A
-    dimension in which the models differ is a width. At the base width every factor is 1. None: the model went through
+    base: the same architecture at the base width, where lr and rho were tuned. A dimension in which the models differ
+    is a width. At the base width every factor is 1. It is a model, which may live on the meta device; or, to make one
+    there, a function without arguments or a config of the model's class in transformers. None: the model went through
     mup.set_base_shapes() of the mup package, and its p.infshape is read.
     lr: None leaves lr and weight_decay to an optimizer that scales them by itself, such as mup.MuSGD or mup.MuAdam.
     weight_decay: lr * weight_decay is the same at every width.
@@ -104,10 +106,13 @@ def _for_weights(scaling: Exponents, weights: dict[str, Weight], roles: set[str]
             return scaling
     except ValueError:  # the user's own names
         return scaling
-    divided = any(weight.divisor != 1 for weight in weights.values())
+    divided = {w.divisor / w.growth.fan_in for w in weights.values() if w.divisor != 1}
     if divided and scaling.perturbation == "global" and scaling.variant == "sam":
-        if scaling.parameterization != "mup" or not roles >= set(ROLES):
-            raise ValueError("with mup.MuReadout, 'global' needs 'mup' and all roles perturbed: take 'effective'")
+        if scaling.parameterization != "mup" or not roles >= set(ROLES) or any(abs(x - 1) > 1e-6 for x in divided):
+            raise ValueError(
+                "with mup.MuReadout, 'global' needs 'mup' and all roles perturbed, and with another division of the "
+                "logits, that by the growth of the width: take 'effective'"
+            )
         return row("naive", ROLES)  # MuReadout's gradient is n times smaller, so that hidden layers dominate the norm
     # At the base width nothing grows: every role is "finite", and all exponents mean the same.
     return row(scaling.perturbation, tuple(role for role in ROLES if role in roles) or ROLES)
@@ -142,7 +147,7 @@ def initial_scale(weight: Weight, scaling: Exponents) -> float:
 @torch.no_grad()
 def init_(
     model: nn.Module,
-    base: nn.Module | None = None,
+    base: Base = None,
     scaling: Exponents = MUP2,
     *,
     zero_output: bool = False,

@@ -26,7 +26,8 @@ from mup2_fused.torch_passes import Phase
 
 SCALED = (
     "with float16, call first_step() after the first backward pass and scaler.step(opt) after the second. "
-    "docs/frameworks.md does so in Lightning (16-mixed) and Accelerate (fp16)"
+    "docs/frameworks.md does so in Lightning (16-mixed) and Accelerate (fp16). In Hugging Face's Trainer, "
+    "mup2_fused.huggingface.SAMTrainer does"
 )
 
 

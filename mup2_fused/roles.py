@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from mup2_fused.bases import Base, base_module
 from mup2_fused.layouts import (
     EMBEDDINGS,
     NORM_MODULES,
@@ -27,6 +28,7 @@ from mup2_fused.layouts import (
     of_type,
     read,
 )
+from mup2_fused.multipliers import logits_divisor, mu_readout_divisor, require_same_numbers
 from mup2_ref import Growth
 
 
@@ -38,7 +40,7 @@ class Weight(NamedTuple):
     role: str  # one of ROLES, where vectors count as input layers, or "finite": the tensor does not grow
     growth: Growth
     base_fan_in: int | None  # at the base width; None: init_ does not draw this parameter
-    divisor: float  # mup.MuReadout divides its input by this growth of the width; 1.0 elsewhere
+    divisor: float  # by how much more than the base model the model divides the input of the last layer; 1.0 elsewhere
     bias: bool  # of a matrix whose module is known: init_ makes it 0
     assumed: bool  # "input" is a guess, for a raw vector v that may be used as x @ v
 
@@ -57,6 +59,7 @@ class _Place(NamedTuple):
     module: nn.Module
     base_shape: torch.Size
     base_module: nn.Module | None  # None: only shapes are known, from p.infshape
+    divisor: float  # by how much more than the base model the model divides the logits that p makes
 
     @property
     def ratios(self) -> list[float]:
@@ -68,16 +71,18 @@ class _Place(NamedTuple):
         return [i for i, ratio in enumerate(self.ratios) if ratio != 1]
 
 
-def describe(model: nn.Module, base: nn.Module | None = None, roles: dict[str, str] | None = None) -> dict[str, Weight]:
+def describe(model: nn.Module, base: Base = None, roles: dict[str, str] | None = None) -> dict[str, Weight]:
     """Every parameter of the model by its name; a tied parameter is listed once, by its first name.
 
-    base: the same architecture at the base width; None: p.infshape, which mup.set_base_shapes() sets, is read.
-    roles: {parameter name: role or layout} where modules and shapes do not tell; see param_groups.
+    base, roles: see param_groups.
     Raises ValueError for a role that cannot be told, and for models that differ in more than their width.
     """
-    roles = roles or {}
+    base, roles = base_module(model, base), roles or {}
     _refuse_old_norms(model, roles)
     base_shapes = _base_shapes(model, base)
+    if base is not None:
+        require_same_numbers(model, base)
+    readout, divisor = logits_divisor(model, base)
     first_names: dict[Tensor, str] = {}
     found: dict[str, Weight] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -87,8 +92,9 @@ def describe(model: nn.Module, base: nn.Module | None = None, roles: dict[str, s
                 "the same code at another width, and pass both models as they are, not wrapped in DDP or torch.compile."
             )
         owner = name.rpartition(".")[0]
-        base_module = None if base is None else base.get_submodule(owner)
-        place = _Place(name, p, model.get_submodule(owner), base_shapes[name], base_module)
+        of_base = None if base is None else base.get_submodule(owner)
+        divided = divisor if p is readout else 1.0
+        place = _Place(name, p, model.get_submodule(owner), base_shapes[name], of_base, divided)
         first = first_names.setdefault(p, name)
         weight = _weight(place, roles.get(first))
         if not _agree(found.setdefault(first, weight), weight):
@@ -227,19 +233,10 @@ def _ambiguous(place: _Place, word: str | None) -> ValueError:
 
 
 def _divisor(place: _Place, role: str, growth: Growth) -> float:
-    """The growth of the width by which a mup.MuReadout divides its input; 1.0 for all other weights."""
-    if role != "output" or all(kind.__name__ != "MuReadout" for kind in type(place.module).__mro__):
+    """By how much more than the base model the model divides the input of the last layer; 1.0 for all other weights."""
+    if role != "output":
         return 1.0
-    divisor = own = float(place.module.width_mult())  # type: ignore[operator]
-    if place.base_module is not None and hasattr(place.base_module.weight, "infshape"):
-        divisor /= place.base_module.width_mult()  # type: ignore[operator]
-    if divisor != growth.fan_in:
-        raise ValueError(
-            f"'{place.name}' divides its input by {own:g}, as mup.set_base_shapes noted, but its fan_in grows by "
-            f"{growth.fan_in:g} from the base model. Call mup.set_base_shapes on both models with the same base, or "
-            "leave the base model out."
-        )
-    return divisor
+    return place.divisor * mu_readout_divisor(place.name, place.module, place.base_module, growth.fan_in)
 
 
 def _agree(a: Weight, b: Weight) -> bool:

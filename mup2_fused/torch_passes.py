@@ -176,7 +176,10 @@ def make_state(base: torch.optim.Optimizer) -> None:
     gradients = gradients_of(base.param_groups)
     trained = base.state or not gradients or any(group.get("lr", 1) for group in base.param_groups)
     if trained or norm_of_gradients(gradients):
-        raise RuntimeError("nothing is perturbed: call first_step() after the first backward, or step(closure)")
+        raise RuntimeError(
+            "nothing is perturbed: call first_step() after the first backward, or step(closure). Hugging Face's "
+            "Trainer does neither: take mup2_fused.huggingface.SAMTrainer"
+        )
     update(base)
 
 

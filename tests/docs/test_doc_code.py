@@ -2,7 +2,9 @@
 
 import copy
 import re
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import mup2_fused as mup2
 from docs.build import ROOT
+from experiments.data import import_torchvision
 
 DATA = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(2)]
 
@@ -265,7 +268,7 @@ def gpt2(width):
 
 
 def test_networks_page():
-    words, conv1d = blocks("docs/networks.md")
+    words, conv1d, _ = blocks("docs/networks.md")
     names = {"mup2": mup2, "tied": Tied(64), "tied_base": Tied(16)}
     exec(words, names)
     assert [(g["role"], g["rho"]) for g in names["groups"]] == [("output", pytest.approx(0.025))]
@@ -273,6 +276,57 @@ def test_networks_page():
     exec(conv1d, names)
     roles = {name: g["role"] for g in names["groups"] for name in g["names"]}
     assert roles["transformer.h.0.c_attn.weight"] == "hidden" and roles["head.weight"] == "output"
+
+
+def test_timm(monkeypatch):
+    """With a stand-in for timm, which the tests do not install: the schedule, and a model that torchvision has."""
+    vit = import_torchvision().models.VisionTransformer
+
+    def create_model(name, embed_dim, num_heads):
+        assert name == "vit_small_patch16_224" and embed_dim == 64 * num_heads
+        return vit(16, 8, 1, 2, embed_dim // 16, 8)
+
+    cosine = lambda opt, t_initial, warmup_t: torch.optim.lr_scheduler.CosineAnnealingLR(opt, t_initial)
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    monkeypatch.setitem(sys.modules, "timm.scheduler", SimpleNamespace(CosineLRScheduler=cosine))
+    names = {"mup2": mup2, "torch": torch}
+    exec(block("docs/networks.md", "import timm"), names)
+    assert not names["model"].heads.head.weight.any() and isinstance(names["opt"].base_optimizer, torch.optim.AdamW)
+    assert {g["rho"] for g in names["groups"]} == {0.2, 0.1, 0.05}
+
+
+def test_hugging_face_trainer(tmp_path):
+    """The two blocks of docs/frameworks.md on a small model, and the options in its table."""
+    import_torchvision()  # before transformers, which imports it
+    hf = pytest.importorskip("transformers")
+    page = "docs/frameworks.md"
+    small = {"1024": "128", "256": "64", "(hidden": "(vocab_size=50, num_hidden_layers=1, hidden"}
+    small |= {
+        "runs/": f"{tmp_path}/",
+        ").train()": ")\ntrainer.train()",
+        "SAMTrainer(model": "trainer = SAMTrainer(model",
+    }
+    small |= {"learning_rate": "use_cpu=True, report_to=[], learning_rate"}
+    code = block(page, "TrainingArguments")
+    for old, new in small.items():
+        assert old in code
+        code = code.replace(old, new)
+    sentences = [torch.randint(50, (8,)) for _ in range(40)]
+    names = {"mup2": mup2, "dataset": [dict(input_ids=s, labels=s) for s in sentences]}
+    exec(code, names)
+    sam, model = names["trainer"].sam, names["model"]
+    assert len(sam.state) == len(list(model.parameters())) and isinstance(sam.base_optimizer, torch.optim.AdamW)
+    assert {g["rho"] for g in sam.param_groups} == {0.2, 0.1, 0.05} and names["trainer"].state.global_step == 6
+    exec(block(page, "FrozenTrainer"), names)
+    names |= {"Seq2SeqTrainer": hf.Seq2SeqTrainer, "opt": sam}
+    options = re.findall(r"\| `((?:class MyTrainer|SAMTrainer\().*?)` ?[|,]", (ROOT / page).read_text())
+    for line in options:
+        own = "train_dataset=dataset" + ("" if "optimizers" in line else ", base=config(64)")
+        exec(line.replace("...", f"model, args, {own}").replace("SAMTrainer(m", "made = FrozenTrainer(m"), names)
+        before = weights(model)
+        names["made"].train()
+        assert_changed(model, before)
+    assert len(options) == 5 and issubclass(names["MyTrainer"], hf.Seq2SeqTrainer) and names["made"].sam is sam
 
 
 def test_mup_package_page():
@@ -320,8 +374,8 @@ def test_every_page_with_code_is_run():
         "README.md": 1,
         "docs/training.md": 13,
         "docs/cheaper-sam.md": 8,
-        "docs/frameworks.md": 5,
-        "docs/networks.md": 2,
+        "docs/frameworks.md": 7,
+        "docs/networks.md": 3,
         "docs/mup-package.md": 2,
         "docs/kernels.md": 1,
         "docs/check.md": 2,

@@ -1,0 +1,250 @@
+"""SAMTrainer against a plain loop in which SAM's closure runs over all micro-batches of an update."""
+
+from functools import partial
+
+import pytest
+import torch
+from huggingface_problems import (
+    BASE,
+    QUIET,
+    SETTINGS,
+    STEPS,
+    WAYS,
+    Classifier,
+    SAMTrainer,
+    classifier,
+    config,
+    hf,
+    llama,
+    plain,
+    sam_of,
+    samples,
+    trained,
+    trainer_of,
+)
+from small_problems import equal, weights
+from test_processes import run_script
+
+import mup2_fused as mup2
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("make", [llama, classifier])
+def test_trainer_equals_the_plain_loop(make, way, backend, tmp_path):
+    """Bit for bit, clipped and with its scheduler; what it logs; with an incomplete last group of micro-batches."""
+    way = way | {"backend": backend}
+    trainer = trained(make(), tmp_path, way, max_grad_norm=0.1)
+    expected, losses, norms = plain(make(), way, clip=0.1)
+    assert equal(weights(trainer.model), expected)
+    assert not equal(expected, weights(make())) and not equal(expected, plain(make(), way)[0])
+    assert all(
+        not equal(expected, plain(make(), other, clip=0.1)[0]) for other in WAYS if not other.items() <= way.items()
+    )
+    assert logged(trainer, "loss") == pytest.approx(losses, rel=1e-6)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6) and min(norms) > 0.1
+    assert logged(trainer, "learning_rate") == pytest.approx([0, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+    assert isinstance(trainer.sam, mup2.SAM) and trainer.sam.phase.steps == STEPS
+
+
+def test_bf16(tmp_path):
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    expected, losses, _ = plain(llama(), context=autocast)
+    trainer = trained(llama(), tmp_path, bf16=True)
+    assert equal(weights(trainer.model), expected) and not equal(expected, plain(llama())[0])
+    assert logged(trainer, "loss") == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**126])
+def test_fp16(scale, way, tmp_path):
+    """Accelerate makes a scaler on GPUs only; here it is given one. Updates that overflow are skipped."""
+    autocast = partial(torch.autocast, "cpu", torch.float16)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2)]
+    options = dict(base=config(BASE), rho=0.1, sam=way)
+    trainer = trainer_of(llama(), tmp_path, options, fp16=True, max_grad_norm=0.1)
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scalers[0]
+    trainer.train()
+    expected, _, _ = plain(llama(), way, clip=0.1, context=autocast, scaler=scalers[1])
+    assert equal(weights(trainer.model), expected) and not equal(expected, plain(llama(), way, clip=0.1)[0])
+    skipped = STEPS if scale > 2.0**100 else 0
+    assert equal(expected, weights(llama())) == bool(skipped) and trainer.sam.skipped_steps == skipped
+    assert scalers[0].get_scale() == scalers[1].get_scale() == scale / 2**skipped
+
+
+@pytest.mark.parametrize("way", WAYS[1:], ids=str)
+def test_resumes_bit_for_bit(way, tmp_path):
+    """In the middle of an epoch and of an interval, with dropout and shuffled data."""
+    way = way | {"same_randomness": True}
+    options = dict(train_sampling_strategy="random", save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
+    finished = trained(llama(dropout=0.2), tmp_path / "a", way, **options)
+    assert finished.state.global_step == 6
+    resumed = trainer_of(llama(7, dropout=0.2), tmp_path / "b", dict(base=config(BASE), rho=0.1, sam=way), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert equal(weights(resumed.model), weights(finished.model))
+    assert logged(resumed, "loss") == logged(finished, "loss")
+    a, b = (trainer.sam.state_dict() for trainer in (resumed, finished))
+    torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
+    assert a["state"] and a["param_groups"] == b["param_groups"]
+
+
+class Watch(hf.TrainerCallback):
+    """The weights and the events at which they were seen."""
+
+    def __init__(self):
+        self.seen, self.events = [], []
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def note(args, state, control, model=None, **kwargs):
+            if model is not None:
+                self.events.append(name)
+                self.seen.append(weights(model))
+
+        return note
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_weights_are_at_w_whenever_trainer_looks(way, tmp_path):
+    watch, model = Watch(), llama()
+    often = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    options = dict(base=config(BASE), rho=0.1, sam=way, eval_dataset=samples(model, 4), callbacks=[watch])
+    trainer_of(model, tmp_path, options, **often).train()
+    updates = [plain(llama(), way, updates=n)[0] for n in range(STEPS + 1)]
+    done = 0
+    assert {"on_substep_end", "on_pre_optimizer_step", "on_log", "on_save", "on_evaluate"} <= {*watch.events}
+    for event, seen in zip(watch.events, watch.seen):
+        done += event == "on_optimizer_step"
+        assert equal(seen, updates[done]), event
+    assert done == STEPS and not equal(updates[0], updates[-1])
+    saved = hf.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert equal(weights(saved), updates[2])
+
+
+class Fails(SAMTrainer):
+    passes = 0
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = super().compute_loss(model, *args, **kwargs)
+        self.passes += 1
+        if self.passes == self.fails_at:
+            self.perturbed = not equal(weights(model), self.before)
+            raise self.fault("here")
+        return loss
+
+
+@pytest.mark.parametrize("at, updates", [(2, 0), (14, 1)], ids=["first pass", "second pass"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
+def test_a_fault_leaves_the_weights_at_w(fault, at, updates, tmp_path):
+    """An update takes 4 passes at w and 4 at w + e. Then train() starts again."""
+    trainer = trainer_of(llama(), tmp_path, kind=Fails, data=(data := samples(llama(), 32)))
+    trainer.fault, trainer.fails_at, trainer.before = fault, at, plain(llama(), data=data, updates=updates)[0]
+    with pytest.raises(fault, match="here"):
+        trainer.train()
+    assert equal(weights(trainer.model), trainer.before) and trainer.perturbed == bool(updates)
+    trainer.sam.state_dict()
+    trainer.train()
+    if not updates:
+        assert equal(weights(trainer.model), plain(llama(), data=data)[0])
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Trainer adds the gradient of a group that its end leaves incomplete to the next update."""
+
+    def __iter__(self):
+        return iter(samples(classifier(), 10))
+
+
+@pytest.mark.parametrize("data", [None, Endless()], ids=["list", "iterable"])
+def test_with_radius_0_it_is_trainer(data, tmp_path):
+    arguments = dict(data=data, max_steps=5, gradient_accumulation_steps=2)
+    model = classifier()
+    groups = [{key: g[key] for key in ("params", "lr", "weight_decay")} for g in sam_of(model).param_groups]
+    adamw = dict(optimizers=(torch.optim.AdamW(groups, fused=True), None))
+    expected = trainer_of(model, tmp_path, adamw, hf.Trainer, **arguments)
+    trainer = trainer_of(classifier(), tmp_path, dict(base=lambda: Classifier(BASE), rho=0.0), **arguments)
+    for each in (trainer, expected):
+        each.train()
+    assert equal(weights(trainer.model), weights(model)) and not equal(weights(model), weights(classifier()))
+
+
+class Masks(SAMTrainer):
+    """The random numbers that each pass over a micro-batch begins with."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        self.masks = [*getattr(self, "masks", []), torch.rand(()).item()]
+        return super().compute_loss(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_same_randomness_in_both_passes(same, tmp_path):
+    options = dict(base=config(BASE), rho=0.1, sam=dict(same_randomness=same))
+    trainer = trainer_of(llama(dropout=0.5), tmp_path, options, Masks, gradient_accumulation_steps=3)
+    trainer.train()
+    first, second, rest = trainer.masks[:3], trainer.masks[3:6], trainer.masks[6:]
+    assert (first == second) == same and len({*first, *rest[:3]}) == 6 and len(trainer.masks) == 24
+
+
+def test_other_trainers_and_ones_own_optimizer(tmp_path):
+    """SAMTrainer before Seq2SeqTrainer; optimizers=(sam, None); optim and weight decay from the arguments."""
+
+    class Both(SAMTrainer, hf.Seq2SeqTrainer):
+        pass
+
+    args = hf.Seq2SeqTrainingArguments(str(tmp_path), **QUIET | SETTINGS)
+    both = Both(llama(), args, train_dataset=samples(llama()), base=config(BASE), rho=0.1)
+    model = llama()
+    own = trainer_of(model, tmp_path, dict(optimizers=(sam := sam_of(model), None)))
+    expected, _, _ = plain(llama())
+    for trainer in (both, own):
+        trainer.train()
+        assert equal(weights(trainer.model), expected)
+    assert own.sam is sam
+    own.train()  # once more, with the wrapped optimizer
+    assert own.sam is sam and not equal(weights(own.model), expected)
+    options = dict(base=config(BASE), groups=dict(perturb="norm"))
+    sgd = trainer_of(llama(), tmp_path, options, optim="sgd", optim_args="momentum=0.9").create_optimizer()
+    assert isinstance(sgd.base_optimizer, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9
+    assert {g["lr"] for g in sgd.param_groups} == {0.005, 0.01, 0.02}
+    assert [g["rho"] for g in sgd.param_groups if g["perturb"]] == [2 * sgd.defaults["rho"]], "SAM's default"
+    decays = {n for g in sgd.param_groups if g["weight_decay"] for n in g["names"]}
+    assert decays == set(own.get_decay_parameter_names(model)) and len(decays) < len(list(model.parameters()))
+
+
+def test_errors(tmp_path):
+    """What cannot work says what to do, and leaves the weights."""
+    model, before = llama(), weights(llama())
+    alone = trainer_of(model, tmp_path, dict(optimizers=(sam_of(model), None)), hf.Trainer)
+    with pytest.raises(RuntimeError, match="take mup2_fused.huggingface.SAMTrainer"):
+        alone.train()
+    assert equal(weights(model), before)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    for error, message, options, arguments in (
+        (TypeError, "needs a mup2_fused.SAM, not .*SGD", dict(optimizers=(sgd, None)), {}),
+        (ValueError, "leave out base, rho", dict(optimizers=(sam_of(model), None), rho=0.1), {}),
+        (ValueError, "groups=dict\\(scaling=", dict(base=config(BASE)), dict(optim="adagrad")),
+        (ValueError, "no infshape", {}, {}),
+        (ValueError, "makes groups of its own", dict(optimizer_cls_and_kwargs=(torch.optim.SGD, {"params": []})), {}),
+    ):
+        with pytest.raises(error, match=message):
+            trainer_of(model, tmp_path, options, **arguments).create_optimizer()
+
+    class DeepSpeed(SAMTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    with pytest.raises(ValueError, match="FSDP1 and DeepSpeed flatten"):
+        DeepSpeed(model, hf.TrainingArguments(str(tmp_path), use_cpu=True), base=config(BASE))
+
+
+def test_two_processes(tmp_path):
+    """DistributedDataParallel on gloo."""
+    run_script("huggingface_processes.py", tmp_path)
