@@ -1,26 +1,38 @@
 """Builds csrc/ into mup2_fused._C: for the CPU, and for CUDA where torch has it and a toolkit is found (no GPU needed).
 
-Without a C++ compiler the package is installed without mup2_fused._C, and mup2_fused works with torch's operations.
+On other systems than Linux, and without g++, the package is installed without mup2_fused._C, and mup2_fused works with
+torch's operations.
 Environment: MUP2_COMPILED=1 raises an error instead, MUP2_COMPILED=0 builds nothing. MUP2_CUDA=1 insists on CUDA,
 MUP2_CUDA=0 leaves it out. CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs, CXX the compiler.
 """
 
 import os
+import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+from setuptools.command.build_py import build_py
 
-obstacle = ""  # why the extension cannot be built here
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ImportError as error:
-    obstacle = f"torch cannot be imported ({error})"
-if shutil.which(compiler := shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
-    obstacle = f"there is no C++ compiler {compiler!r}"
+
+def description():
+    """For a package index: the beginning of README.md, its example and its limits. Its links lead nowhere there."""
+    first, *sections = re.split("^(?=## )", Path("README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    kept = [first.partition("\n![")[0], *(text for text in sections if text.startswith(("## Usage", "## Limits")))]
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", "\n".join(kept))
+
+
+class BuildPython(build_py):
+    def run(self):
+        """Installs mup2_ref.py as a stub, too. A type checker reads types in folders with a py.typed, and in stubs."""
+        super().run()
+        if not self.editable_mode:
+            self.mkpath(f"{self.build_lib}/mup2_ref-stubs")
+            self.copy_file("mup2_ref.py", f"{self.build_lib}/mup2_ref-stubs/__init__.pyi")
 
 
 def wish(name):
@@ -29,6 +41,30 @@ def wish(name):
     if value not in ("", "0", "1"):
         raise SystemExit(f"{name} must be 0 or 1, not {value!r}")
     return value
+
+
+def macros(compiler):
+    """What a C++ compiler defines; empty if it does not run."""
+    command = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+obstacle = ""  # why the extension is not built
+cxx = shlex.split(os.environ.get("CXX") or "c++")
+if wish("MUP2_COMPILED") == "0":
+    obstacle = "MUP2_COMPILED=0"
+elif sys.platform != "linux":
+    obstacle = f"it is for Linux, and this is {sys.platform}"
+elif shutil.which(cxx[0]) is None:
+    obstacle = f"there is no C++ compiler {cxx[0]!r}. To get it, install one and then this package again"
+elif "__clang__" in macros(cxx):
+    obstacle = f"it needs g++, and {cxx[0]!r} is clang. To get it, set CXX=g++"
+else:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        obstacle = f"torch cannot be imported ({error})"
 
 
 def toolkit():
@@ -76,13 +112,10 @@ def extension(home):
 
 def options():
     """Arguments of setup(), none if the extension is left out, and a line that says what is built."""
-    wanted, without = wish("MUP2_COMPILED"), "installed without its compiled part"
-    if wanted == "0":
-        return {}, f"{without}: MUP2_COMPILED=0"
-    if obstacle and wanted == "1":
-        raise SystemExit(f"MUP2_COMPILED=1, but {obstacle}")
+    if obstacle and wish("MUP2_COMPILED") == "1":
+        raise SystemExit(f"MUP2_COMPILED=1 asks for the compiled part, but {obstacle}")
     if obstacle:
-        return {}, f"{without}: {obstacle}. To get it, install a C++ compiler and then this package again"
+        return {}, f"installed without its compiled part: {obstacle}"
     home, reason = toolkit()
     if home is None and wish("MUP2_CUDA") == "1":
         raise SystemExit(f"MUP2_CUDA=1, but {reason}")
@@ -91,10 +124,13 @@ def options():
         gpus = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0+PTX")  # T4, A100, A10G, H100, later ones
         about = f"CUDA ({gpus}, {home})"
         cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = home
-    return extension(home), f"CPU ({os.uname().machine}), {about}; torch {torch.__version__}"
+    return extension(home), f"CPU ({platform.machine()}), {about}; torch {torch.__version__}"
 
 
 arguments, about = options()
 if not {"egg_info", "dist_info"}.intersection(sys.argv):  # where pip only asks for the package's metadata
     print(f"mup2_fused: {about}")
-setup(**arguments)
+arguments["cmdclass"] = {"build_py": BuildPython} | arguments.get("cmdclass", {})
+modern = int(setuptools.__version__.partition(".")[0]) >= 77  # older ones, as in Ubuntu 24.04, know no expressions
+arguments |= {"license_expression" if modern else "license": "MIT"}
+setuptools.setup(long_description=description(), long_description_content_type="text/markdown", **arguments)

@@ -13,6 +13,7 @@ from mup2_fused.precision import seen_perturbation
 from mup2_fused.theory import exponents, predict
 from mup2_ref import MLP, ROLES, Exponents, Prediction
 
+__version__ = "0.1.0"
 __all__ = [
     "MLP",
     "ROLES",

@@ -10,6 +10,7 @@ torch.ops.mup2.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache, partial
 from typing import Any
@@ -31,9 +32,10 @@ except ImportError as error:
         raise  # the environment asks for kernels that do not exist
     absent = isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error)
     state = "is not built" if absent else f"does not fit this torch ({torch.__version__}): {error}"
-    missing = (
-        f"the compiled part of mup2_fused {state}. Build it with `python setup.py build_ext --inplace` in the source "
-        "folder, or `pip install --no-build-isolation .`"
+    missing = f"the compiled part of mup2_fused {state}. " + (
+        "Build it: `python setup.py build_ext --inplace` in the source folder, or `pip install --no-build-isolation .`"
+        if sys.platform == "linux"
+        else f"It is for Linux, and this is {sys.platform}"
     )
 
 compiled: bool = not missing

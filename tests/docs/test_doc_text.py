@@ -135,6 +135,16 @@ def test_python_scripts_exist():
             assert (ROOT / path).exists(), path
 
 
+def test_contributing_names_what_exists():
+    """Files; and functions, classes and tables in these files, but for the kernel of its example."""
+    names = set(re.findall(r"`([\w./]+)(?:\(\))?`", TEXT["docs/contributing.md"]))
+    paths = {name for name in names if re.search(r"[/.]", name) and not name.startswith("torch.")}
+    code = " ".join((ROOT / path).read_text() for path in paths if (ROOT / path).is_file())
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    missing |= {name for name in names - paths if not re.search(rf"\b{name}\b", code)}
+    assert len(paths) > 25 and missing == {"centered", "square_avg", "rmsprop_"}
+
+
 # ------------------------------------------------------------------------------------------ size and numbers
 
 

@@ -51,7 +51,7 @@ def test_sgd_and_adam_need_no_operations_of_torch(base):
 
 
 WITHOUT_EXTENSION = """
-import sys, warnings
+import importlib, sys, warnings
 sys.meta_path = [f for f in sys.meta_path if "ditable" not in str(f)]  # which would find the module elsewhere
 sys.modules["mup2_fused._C"] = None
 import torch
@@ -78,6 +78,9 @@ except RuntimeError as error:
     assert "python setup.py build_ext --inplace" in str(error)
 else:
     raise AssertionError("an error was due")
+sys.platform = "darwin"
+missing = importlib.reload(mup2.compiled_passes).missing
+assert "is not built. It is for Linux, and this is darwin" in missing and "setup.py" not in missing, missing
 """
 
 
