@@ -2,9 +2,7 @@
 
 import copy
 import re
-import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,21 +276,30 @@ def test_networks_page():
     assert roles["transformer.h.0.c_attn.weight"] == "hidden" and roles["head.weight"] == "output"
 
 
-def test_timm(monkeypatch):
-    """With a stand-in for timm, which the tests do not install: the schedule, and a model that torchvision has."""
-    vit = import_torchvision().models.VisionTransformer
-
-    def create_model(name, embed_dim, num_heads):
-        assert name == "vit_small_patch16_224" and embed_dim == 64 * num_heads
-        return vit(16, 8, 1, 2, embed_dim // 16, 8)
-
-    cosine = lambda opt, t_initial, warmup_t: torch.optim.lr_scheduler.CosineAnnealingLR(opt, t_initial)
-    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
-    monkeypatch.setitem(sys.modules, "timm.scheduler", SimpleNamespace(CosineLRScheduler=cosine))
+def test_timm():
+    """The recipe on smaller models, a step of it, and timm's own scaler, which makes a single pass."""
+    import_torchvision()  # before timm, which imports it
+    timm_utils = pytest.importorskip("timm.utils")
+    code = block("docs/networks.md", "import timm").replace("(768)", "(128)").replace("(384)", "(64)")
     names = {"mup2": mup2, "torch": torch}
-    exec(block("docs/networks.md", "import timm"), names)
-    assert not names["model"].heads.head.weight.any() and isinstance(names["opt"].base_optimizer, torch.optim.AdamW)
+    exec(code.replace("// 64)", "// 64, depth=1, img_size=32)"), names)
+    model, opt = names["model"], names["opt"]
+    assert not model.head.weight.any() and isinstance(opt.base_optimizer, torch.optim.AdamW)
     assert {g["rho"] for g in names["groups"]} == {0.2, 0.1, 0.05}
+    x, y, before = torch.randn(4, 3, 32, 32), torch.arange(4), model.head.weight.clone()
+    loss = lambda: nn.functional.cross_entropy(model(x), y)
+
+    def closure():
+        opt.zero_grad()
+        loss().backward()
+
+    with pytest.raises(RuntimeError, match="nothing is perturbed"):
+        timm_utils.NativeScaler(device="cpu")(loss(), opt, parameters=model.parameters())
+    assert torch.equal(model.head.weight, before)
+    names["scheduler"].step(1)
+    opt.step(closure)
+    assert not torch.equal(model.head.weight, before)
+    assert max(g["lr"] for g in opt.param_groups) == pytest.approx(2e-4)  # the warm-up's first of five epochs
 
 
 def test_hugging_face_trainer(tmp_path):

@@ -1,4 +1,4 @@
-"""param_groups and init_ on models that other people wrote, unchanged: torchvision's and Hugging Face's."""
+"""param_groups and init_ on models that other people wrote, unchanged: torchvision's, timm's and Hugging Face's."""
 
 import os
 
@@ -18,7 +18,7 @@ from docs.build import ROOT
 from experiments.data import import_torchvision
 
 torchvision = import_torchvision()  # before transformers, which imports it
-hf = pytest.importorskip("transformers")
+hf, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
 
 from mup2_fused import SAM, init_, param_groups
 from mup2_fused.check import check
@@ -43,6 +43,9 @@ def gpt2(n):
     return hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=50, n_embd=n, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=False)
     )
+
+
+SMALL = dict(img_size=32, patch_size=4, num_classes=10)
 
 
 class Model(NamedTuple):
@@ -81,6 +84,31 @@ MODELS = {
         {"head.weight"},
         {"features.1.0.attn.qkv.weight", "features.2.reduction.weight"},
         {"features.0.0.weight"},
+    ),
+    "timm vit": Model(
+        lambda n: timm.create_model("vit_small_patch16_224", embed_dim=n, num_heads=2, depth=2, **SMALL),
+        image,
+        {"head.weight"},
+        {"blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"},
+        {"patch_embed.proj.weight", "cls_token", "pos_embed", "norm.weight"},
+    ),
+    "timm swin": Model(
+        lambda n: timm.create_model(
+            "swin_tiny_patch4_window7_224", embed_dim=n, depths=(1, 1), num_heads=(2, 4), window_size=4, **SMALL
+        ),
+        image,
+        {"head.fc.weight"},
+        {"layers.0.blocks.0.attn.qkv.weight", "layers.1.downsample.reduction.weight"},
+        {"patch_embed.proj.weight"},
+    ),
+    "timm convnext": Model(
+        lambda n: timm.create_model(
+            "convnext_tiny", dims=(n, 2 * n, 2 * n, 2 * n), depths=(1, 1, 1, 1), num_classes=10
+        ),
+        image,
+        {"head.fc.weight"},
+        {"stages.0.blocks.0.mlp.fc1.weight", "stages.1.downsample.1.weight"},
+        {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight", "stages.0.blocks.0.gamma"},
     ),
     "hf bert": Model(
         lambda n: hf.BertForSequenceClassification(config(hf.BertConfig, n, vocab_size=50, num_labels=10)),
