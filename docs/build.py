@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
+def caption(sentence: str) -> str:
+    """What stands under a figure."""
+    return textwrap.fill(f"*{sentence}*", 120)
+
+
 def span(values: list[float]) -> str:
     """Smallest and largest value, as text."""
     low, high = (f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in (min(values), max(values)))
@@ -51,7 +57,7 @@ def transfer_tables() -> dict[str, Callable[[], str]]:
     for name in (path.stem for path in sorted(RESULTS.glob("transfer_*.json"))):
         rows = partial(transfer_rows, name.partition("_")[2])
         tables |= {name: lambda rows=rows: transfer_report.format_table(rows())}
-        tables |= {f"{name}_caption": lambda rows=rows: f"*{transfer_report.what_to_see(rows())}*"}
+        tables |= {f"{name}_caption": lambda rows=rows: caption(transfer_report.what_to_see(rows()))}
     return tables
 
 
@@ -107,6 +113,10 @@ def frontiers() -> dict[str, dict[str, Any]]:
 def frontier_table(name: str) -> str:
     result = frontiers()[name]
     return frontier_report.format_table(result["rows"], result["setting"]["wide"])
+
+
+def frontier_caption(name: str) -> str:
+    return caption(frontier_report.what_to_see(frontiers()[name]["rows"]))
 
 
 def frontier_summary(chosen: tuple[str, ...] = ()) -> str:
@@ -223,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": frontier_summary,
     "key_frontier": partial(frontier_summary, ("base", "momentum", "interval-8", "interval-4", "sam")),
     **{f"frontier_{name}": partial(frontier_table, name) for name in frontiers()},
+    **{f"frontier_{name}_caption": partial(frontier_caption, name) for name in frontiers()},
     "frontier_transfer": frontier_transfer_table,
     "demo": demo_table,
     "key_transfer": key_transfer,

@@ -9,6 +9,7 @@ from experiments.sweep import WAYS
 
 Row = dict[str, Any]  # as Frontier.rows() makes it
 BASE, LONGER = "base", "longer"  # ways without SAM: the base optimizer, and the same for twice as many epochs
+ENOUGH = 0.8  # of SAM's gain
 ALONE = {BASE: "without SAM", LONGER: "without SAM, twice the epochs"}
 
 
@@ -86,6 +87,17 @@ def format_summary(settings: dict[str, list[Row]], chosen: tuple[str, ...] = ())
         cells = [summary_cell(rows[way]) if way in rows else "" for rows in by_way]
         lines.append(f"| {title(way)} | {any_row['passes']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def what_to_see(rows: list[Row]) -> str:
+    """One sentence: what SAM gains, and the cheapest way that keeps nearly all of it."""
+    by_way = {row["way"]: row for row in rows}
+    gained = f"SAM gains {by_way['sam']['accuracy'] - by_way[BASE]['accuracy']:.1f} points for two passes per step"
+    good = [row for row in in_order(rows) if row["way"] not in (*ALONE, "sam") and (row["kept"] or 0) >= ENOUGH]
+    if not good:
+        return f"{gained}, and no way with fewer passes keeps {100 * ENOUGH:.0f} % of this."
+    cheapest = f"the cheapest way that keeps nearly all of this ({kept(good[0])}) is {title(good[0]['way'])}"
+    return f"{gained}; {cheapest}, with {good[0]['passes']:.2f} passes."
 
 
 def summary_cell(row: Row) -> str:

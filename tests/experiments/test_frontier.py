@@ -13,7 +13,7 @@ import mup2_fused as mup2
 from experiments import frontier, frontier_transfer, sweep
 from experiments.climb import Point
 from experiments.frontier import SETTINGS
-from experiments.frontier_report import BASE, LONGER, format_summary, format_table
+from experiments.frontier_report import BASE, LONGER, format_summary, format_table, what_to_see
 from experiments.sweep import WAYS, Place, Run
 
 RESULTS = ROOT / "experiments" / "results"
@@ -137,6 +137,12 @@ def test_a_frontier_of_known_runs(tmp_path):
     summary = format_summary({"one": timed, "two": timed[:2]}).splitlines()
     assert summary[2] == "| without SAM | 1.00 | 1.26: 61.0 % accuracy | 1.26: 61.0 % accuracy |"
     assert summary[3] == "| every 4th step | 1.25 | 1.26: 75 ± 9 % |  |"
+    gained = "SAM gains 10.0 points for two passes per step"
+    assert what_to_see(rows) == f"{gained}, and no way with fewer passes keeps 80 % of this."
+    cheap = rows[2] | {"kept": 0.8, "passes": 1.2}
+    assert what_to_see([*rows, cheap]) == (
+        f"{gained}; the cheapest way that keeps nearly all of this (80 ± 9 %) is every 4th step, with 1.20 passes."
+    )
 
 
 def test_a_radius_transfers_or_not(tmp_path, capsys, monkeypatch):
