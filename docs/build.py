@@ -21,7 +21,7 @@ from experiments import demo, epoch_time_tables, frontier, frontier_report, fron
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-KEY_TRANSFER = {"mnist1d": "MNIST-1D"}
+KEY_TRANSFER = {"fashion": "Fashion-MNIST"}
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def caption(sentence: str) -> str:
     """What stands under a figure."""
-    return textwrap.fill(f"*{sentence}*", 120)
+    return textwrap.fill(f"*{sentence}*", 120, break_on_hyphens=False)
 
 
 def span(values: list[float]) -> str:
@@ -52,11 +52,12 @@ def transfer_rows(name: str) -> list[transfer_report.Row]:
 
 
 def transfer_tables() -> dict[str, Callable[[], str]]:
-    """By the setting's name: its table, and the sentence below its figure."""
+    """By the setting's name: its tables, and the sentence below its figure."""
     tables: dict[str, Callable[[], str]] = {}
     for name in (path.stem for path in sorted(RESULTS.glob("transfer_*.json"))):
         rows = partial(transfer_rows, name.partition("_")[2])
         tables |= {name: lambda rows=rows: transfer_report.format_table(rows())}
+        tables |= {f"{name}_radii": lambda rows=rows: transfer_report.format_radii(rows())}
         tables |= {f"{name}_caption": lambda rows=rows: caption(transfer_report.what_to_see(rows()))}
     return tables
 

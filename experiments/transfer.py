@@ -48,7 +48,7 @@ from experiments.sweep import (
     sweep,
 )
 from experiments.training import check_device, has_kernels, is_cuda
-from experiments.transfer_report import COLLAPSE, format_table, plot, what_to_see
+from experiments.transfer_report import COLLAPSE, format_radii, format_table, plot, what_to_see
 
 CHOOSING = range(3)  # seeds of the search
 MORE = range(100, 106)  # seeds, at the two narrowest widths, whose best points are tried at all others
@@ -247,8 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         write_json(transfer.path.with_suffix(".json"), {"setting": s._asdict(), "rows": rows})
         print(f"{format_table(rows)}\n\n{what_to_see(rows)}\n")
         if len(s.widths) > 1:
+            print(format_radii(rows))
             plot(rows, s, transfer.path.with_suffix(".png"))
-            print(f"figure: {transfer.path.with_suffix('.png')}\n")
+            print(f"\nfigure: {transfer.path.with_suffix('.png')}\n")
     return 0
 
 

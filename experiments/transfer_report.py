@@ -15,6 +15,7 @@ from experiments.sweep import NETWORKS
 
 Row = dict[str, Any]
 COLLAPSE = 5.0  # points below the best of a slice: from there on a radius counts as unstable
+DATA = {"mnist1d": "MNIST-1D", "noisy30-fashion-mnist-1k": "1,000 images of Fashion-MNIST, 30 % random labels"}
 TITLES = {"SP-naive": "plain SAM (SP)", "muP-naive": "muP, one radius", "muP-global": "muP, global scaling"}
 
 
@@ -74,29 +75,40 @@ def format_table(rows: list[Row]) -> str:
     """Markdown. ± is a standard error; in brackets are values that the search cannot tell from the best one."""
     narrow = widths(rows)[:2]
     head = ["", "width", "best lr", "best rho", "accuracy %", "without SAM", "gain"]
-    head += [f"regret of width {w}'s" for w in narrow] + ["largest stable rho"]
+    head += [f"regret of width {w}'s" for w in narrow]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [row["method"], f"{row['width']}", span(row["lr"], row["lrs"]), span(row["rho"], row["rhos"])]
         cells += [plus_minus(mean_error(row["accuracies"])), plus_minus(mean_error(row["alone"]))]
         cells += [plus_minus(gain(row), "+")]
         cells += [plus_minus(regret(row, w)) if w < row["width"] else "" for w in narrow]
-        lines.append([*cells, f"{largest_stable_rho(row):.3g}"])
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def format_radii(rows: list[Row]) -> str:
+    """Markdown, a line per method: the largest stable rho of each width, and the power of the width that fits them."""
+    head = ["largest stable rho", *(f"width {width}" for width in widths(rows)), "grows as"]
+    lines = [head, ["---"] * len(head)]
+    for method in methods(rows):
+        mine = of(rows, method)
+        radii = [f"{largest_stable_rho(row):.3g}" for row in mine]
+        lines.append([method, *radii, f"width^{power_of_the_width(mine):.2f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def format_summary(results: dict[str, list[Row]]) -> str:
-    """Markdown, a line per method of each result: what its widest network loses and reaches, and its stable radius."""
+    """Markdown, a line per method of each result: what its widest network loses and reaches."""
     (narrow, wide), *others = ((widths(rows)[0], widths(rows)[-1]) for rows in results.values())
     assert all(other == (narrow, wide) for other in others), "one table for results at the same widths"
     head = ["", "", f"best (lr, rho) at width {narrow}", f"at width {wide}", f"regret at {wide}"]
-    head += [f"accuracy % at {wide}", "stable rho grows as"]
+    head += [f"accuracy % at {wide}", "without SAM"]
     lines = [head, ["---"] * len(head)]
     for (title, rows), method in ((result, method) for result in results.items() for method in methods(result[1])):
         mine = of(rows, method)
         points = [f"{row['lr']:.3g}, {row['rho']:.3g}" for row in (mine[0], mine[-1])]
-        found = [plus_minus(regret(mine[-1], narrow)), plus_minus(mean_error(mine[-1]["accuracies"]))]
-        lines.append([title, method, *points, *found, f"width^{power_of_the_width(mine):.2f}"])
+        found = [mean_error(mine[-1][key]) for key in ("accuracies", "alone")]
+        lines.append([title, method, *points, *map(plus_minus, (regret(mine[-1], narrow), *found))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -142,12 +154,13 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     plt.setp(axes[1], ylim=(min(means) - 10, max(means) + 2))  # collapsed runs leave the picture
     axes[0, 0].set_ylabel("learning rate")
     axes[1, 0].set_ylabel("test accuracy %")
-    axes[1, 0].legend(fontsize=9, loc="lower left")
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     seeds = len(rows[0]["accuracies"])
     figure.suptitle(
-        f"{NETWORKS[setting.network].title} on {setting.data}, {setting.epochs} epochs. Above: accuracy at width "
-        f"{wide}, and the way of\nthe optimum from width {narrow} to {wide}. Below: accuracy over rho at each width's "
-        f"best learning rate,\nmean and standard deviation of {seeds} seeds; dotted: the best rho of width {narrow}"
+        f"{NETWORKS[setting.network].title}, {DATA.get(setting.data, setting.data)}, {setting.epochs} epochs\n"
+        f"above: accuracy % at width {wide}, and the way of the optimum from width {narrow} to {wide}\nbelow: accuracy "
+        f"over rho at each width's best learning rate, mean and standard deviation of {seeds} seeds"
     )
     figure.savefig(path)
     plt.close(figure)
@@ -163,10 +176,10 @@ def heat_map(axis: Any, rows: list[Row]) -> None:
     z = [[grid.get((lr, rho), np.nan) for rho in rhos] for lr in lrs]
     best = max(grid.values())
     axis.grid(False)
-    axis.imshow(z, cmap=figures.SCALE, vmin=best - 10, vmax=best, aspect="auto", origin="lower")
+    axis.imshow(z, cmap=figures.SCALE, vmin=best - 6, vmax=best, aspect="auto", origin="lower")
     for (i, lr), (j, rho) in itertools.product(enumerate(lrs), enumerate(rhos)):
         if (accuracy := grid.get((lr, rho))) is not None:
-            colour = "black" if accuracy > best - 4 else "white"
+            colour = "black" if accuracy > best - 3 else "white"
             axis.text(j, i - 0.3, f"{accuracy:.0f}", ha="center", va="center", fontsize=9, color=colour)
     way = [(rhos.index(row["rho"]), lrs.index(row["lr"])) for row in rows]
     for start, end in itertools.pairwise(way):
@@ -184,7 +197,8 @@ def curves(axis: Any, rows: list[Row]) -> None:
     for row in rows:
         figures.curve(axis, row["width"], dict(row["slice"]), label=f"width {row['width']}")
         figures.star(axis, row["width"], row["rho"], statistics.fmean(row["accuracies"]))
-    axis.axvline(rows[0]["rho"], color="black", linestyle=":", linewidth=1.5)
+    label = f"best rho of width {rows[0]['width']}"
+    axis.axvline(rows[0]["rho"], color="black", linestyle=":", linewidth=1.5, label=label)
     radii = sorted({rho for row in rows for rho, _ in row["slice"]})
     figures.log_axis(axis, radii[:: 1 + (len(radii) > 5)], digits=2)
     axis.set_xlabel("rho")
