@@ -92,7 +92,7 @@ def test_the_search_finds_the_optima_and_what_transfers(command, tmp_path, capsy
     assert stable == pytest.approx(0.1 * 10 ** (5 / 3 / 4), rel=0.01)  # 5 points are 5/3 steps
     printed = capsys.readouterr().out
     assert "| muP-naive | 800 | 0.2 | 0.01 | 96.0 ± 0.6 | 91.0 ± 0.6 | +5.0 ± 0.0 | 12.0 ± 0.0 | 6.0 ± 0.0 |" in printed
-    assert "| muP-naive | 0.261 | 0.0825 | 0.0261 | width^-0.50 |" in printed
+    assert "| muP-naive | 0.261 | 0.0826 | 0.0261 | width^-0.50 |" in printed
     assert "at width 800 loses 0.0 ± 0.0 points with SP-naive, 12.0 ± 0.0 points with muP-naive" in printed
     line = transfer_report.format_summary({"Data": rows}).splitlines()[3]
     assert line == "| Data | muP-naive | 0.2, 0.1 | 0.2, 0.01 | 12.0 ± 0.0 | 96.0 ± 0.6 | 91.0 ± 0.6 |"
