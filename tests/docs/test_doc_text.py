@@ -9,7 +9,7 @@ import pytest
 
 from docs import build
 from docs.build import PAGES, RESULTS, ROOT
-from experiments import demo, sweep
+from experiments import demo, sweep, transfer_report
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 
@@ -163,6 +163,52 @@ RESULTS_TEXT = " ".join(TEXT["docs/results.md"].split())  # repeats numbers of i
 
 def assert_said(sentence, *numbers):
     assert sentence.format(*numbers) in RESULTS_TEXT
+
+
+def transfer(name):
+    """{(method, width): its row} of a result of experiments.transfer, and the mean accuracy of each."""
+    rows = {(row["method"], row["width"]): row for row in build.transfer_rows(name)}
+    return rows, {key: transfer_report.mean_error(row["accuracies"])[0] for key, row in rows.items()}
+
+
+def test_sentences_about_fashion_mnist():
+    rows, accuracy = transfer("fashion")
+    wide = {method: row for (method, width), row in rows.items() if width == 1024}
+    lost = {method: transfer_report.regret(row, 64)[0] for method, row in wide.items()}
+    assert_said("with muP² and {:.1f} with SP-LP, {:.1f} with plain SAM", lost["SP-LP"], lost["SP-naive"])
+    assert_said("loses {:.1f} points with muP²", lost["muP²"])
+    assert_said("{:.1f} with muP-naive and {:.1f} with muP-global", lost["muP-naive"], lost["muP-global"])
+    for method in ("SP-naive", "muP-global"):
+        regrets = [transfer_report.regret(rows[method, width], 64)[0] for width in (128, 256, 512, 1024)]
+        assert regrets == sorted(regrets)
+    for width in (128, 256, 512, 1024):
+        best = max(accuracy[method, width] for method in wide)
+        assert accuracy["muP²", width] == pytest.approx(best, abs=1e-9 if width != 256 else 0.01)
+    assert_said("at 1024 muP² reaches {:.1f} %", accuracy["muP²", 1024])
+    assert_said("SP-LP reaches {:.1f} %", accuracy["SP-LP", 1024])
+    alone = [transfer_report.mean_error(wide[method]["alone"])[0] for method in ("SP-naive", "muP²")]
+    assert_said("without SAM {:.1f} %, against {:.1f} % in muP", *alone)
+    point = lambda method, width: (rows[method, width]["lr"], rows[method, width]["rho"])
+    assert point("muP²", 64) == point("muP²", 128) == (0.005, 0.1778)
+    assert {point("muP²", width) for width in (256, 512, 1024)} == {(0.01, 0.3162)}
+    assert [point(method, width)[0] for method in ("SP-naive", "muP-naive") for width in (128, 1024)] == [0.01, 0.0025] * 2
+    radius = {width: transfer_report.largest_stable_rho(rows["muP²", width]) for width in (64, 512, 1024)}
+    assert 1.9 < radius[512] / radius[64] < 2.2 and radius[1024] < radius[512]
+    assert_said("grows by a factor of {:.1f}", point("muP-global", 1024)[1] / point("muP-global", 64)[1])
+
+
+def test_sentences_about_mnist1d():
+    rows, accuracy = transfer("mnist1d")
+    for width in (128, 256):
+        assert max(accuracy, key=lambda key: (key[1] == width, accuracy[key])) == ("muP²", width)
+    best, plain = accuracy["muP²", 256], accuracy["SP-naive", 256]
+    assert_said("at width 256 with {:.1f} %, {:.1f} points more than plain SAM", best, best - plain)
+    lost = [transfer_report.regret(rows["muP²", 256], width)[0] for width in (128, 64)]
+    assert_said("loses {:.1f} points at width 256 with muP², but width 64's loses {:.1f}", *lost)
+    assert transfer_report.regret(rows["SP-naive", 256], 64)[0] == 0
+    powers = [transfer_report.power_of_the_width(transfer_report.of([*rows.values()], m)) for m in ("muP-naive", "muP²")]
+    assert_said("falls as width^{:.2f}", powers[0])
+    assert powers[1] > 0
 
 
 def test_sentences_about_the_picture_of_the_readme():
