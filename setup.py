@@ -63,7 +63,7 @@ else:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of torch cannot be loaded
         obstacle = f"torch cannot be imported ({error})"
 
 

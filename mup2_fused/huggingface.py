@@ -7,6 +7,7 @@ micro-batches, and returns to w. Clipping and optimizer.step() then get the grad
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -39,19 +40,20 @@ class SAMTrainer(Trainer):
 
     base: the base model, as for param_groups(): a model, a config of the model's class, or a function that makes it.
     With base=model, SAM is plain SAM. args.learning_rate and args.weight_decay are those tuned on the base model.
-    rho: the radius at the base width.
+    rho: the radius at the base width, 0.05 by default.
     groups: other arguments of param_groups(), such as dict(perturb="norm", roles={...}).
-    sam: other arguments of SAM(), such as dict(interval=4, same_randomness=True).
+    sam: other arguments of SAM(), such as dict(interval=4, same_randomness=True), and of the base optimizer.
 
-    The base optimizer is that of args.optim or optimizer_cls_and_kwargs. Tensors that Trainer leaves without weight
-    decay have none. With optimizers=(opt, scheduler), opt is a SAM of your own, and the arguments above are left out.
-    Call init_() on the model yourself. To combine this class with another trainer, inherit from this one first:
-    class MyTrainer(SAMTrainer, Seq2SeqTrainer).
+    The base optimizer is that of args.optim or optimizer_cls_and_kwargs, whose lr and weight_decay count. Tensors that
+    Trainer leaves without weight decay have none. With optimizers=(opt, scheduler), opt is a SAM of your own, and the
+    arguments above are left out. Call init_() on the model yourself. To combine this class with another trainer,
+    inherit from this one first: class MyTrainer(SAMTrainer, Seq2SeqTrainer).
 
     All micro-batches of gradient accumulation are one large batch for both passes. The weights are at w whenever
     Trainer clips, logs, saves or evaluates, and callbacks run; an exception in the second pass leaves them at w. The
     loss that is logged is the one at w, and the norm of the gradient the one at w + e. With ascent="momentum", which
-    has no pass at w, both are at w + e. ValueError with FSDP and DeepSpeed.
+    has no pass at w, both are at w + e. ValueError with FSDP and DeepSpeed. TypeError for trainers that override
+    _prepare_inputs(), as TRL's GRPO does to draw batches, or create_optimizer().
     """
 
     def __init__(
@@ -65,6 +67,12 @@ class SAMTrainer(Trainer):
     ) -> None:
         self.base, self.rho, self.group_options, self.sam_options = base, rho, groups, sam
         self.micro_batches: list[MicroBatch] = []
+        if said := {"rho", "lr", "weight_decay"} & (sam or {}).keys():
+            raise ValueError(
+                f"sam has {', '.join(sorted(said))}: give rho to SAMTrainer, and lr and weight_decay to "
+                "TrainingArguments, as learning_rate and weight_decay"
+            )
+        self._refuse_drawn_batches()
         super().__init__(*args, **kwargs)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled or bool(self.args.fsdp)
         if sharded or getattr(self, "is_distributed_loading_by_transformers", False):
@@ -72,11 +80,31 @@ class SAMTrainer(Trainer):
                 "SAMTrainer works in one process and with DistributedDataParallel. FSDP1 and DeepSpeed flatten the "
                 "parameters, and roles are lost. For FSDP2, write a loop of your own, as docs/training.md does"
             )
-        if self.optimizer is not None:
-            if not isinstance(self.optimizer, SAM):
-                raise TypeError(f"optimizers=(opt, scheduler) needs a mup2_fused.SAM, not {type(self.optimizer)}")
-            if any(option is not None for option in (base, rho, groups, sam)):
-                raise ValueError("with optimizers=(opt, scheduler), leave out base, rho, groups and sam")
+        if self.optimizer is None:
+            self._refuse_other_optimizers()
+        elif not isinstance(self.optimizer, SAM):
+            raise TypeError(f"optimizers=(opt, scheduler) needs a mup2_fused.SAM, not {type(self.optimizer)}")
+        elif any(option is not None for option in (base, rho, groups, sam)):
+            raise ValueError("with optimizers=(opt, scheduler), leave out base, rho, groups and sam")
+
+    def _refuse_drawn_batches(self) -> None:
+        """TypeError if both passes may get different batches."""
+        if type(self)._prepare_inputs is not Trainer._prepare_inputs:
+            raise TypeError(
+                f"{_owner(type(self), '_prepare_inputs')} overrides _prepare_inputs(). Trainers such as TRL's "
+                "GRPOTrainer and RLOOTrainer draw their batches there, and the second pass would get other batches. "
+                "SAMTrainer needs trainers whose batches come from the data loader: move what is done there to "
+                "data_collator or compute_loss()"
+            )
+
+    def _refuse_other_optimizers(self) -> None:
+        """TypeError if a class makes an optimizer that is not this class's SAM."""
+        owners = [kind for kind in type(self).__mro__ if "create_optimizer" in vars(kind)]
+        if others := [kind.__name__ for kind in owners if kind not in (SAMTrainer, Trainer)]:
+            raise TypeError(
+                f"{others[0]} overrides create_optimizer(), which SAMTrainer needs for itself. Override "
+                "make_sam(model) instead. If the class is not yours, make the SAM and pass optimizers=(sam, None)"
+            )
 
     @property
     def sam(self) -> SAM:
@@ -91,12 +119,25 @@ class SAMTrainer(Trainer):
             self.optimizer = self.make_sam(self.model if model is None else model)
         return self.optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer. Afterwards no micro-batch is kept in memory."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.micro_batches = []
+
     def make_sam(self, model: Any) -> SAM:
         """SAM around the optimizer that Trainer would make."""
+        if self.base is None and not any(hasattr(p, "infshape") for p in model.parameters()):
+            raise ValueError(
+                "SAMTrainer needs base. base=model gives plain SAM. For muP², base is the narrow model on which "
+                "learning_rate and rho were tuned, or its config"
+            )
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
         if own := {"params", "model", "optimizer_dict"} & options.keys():
             raise ValueError(f"optim={self.args.optim} makes groups of its own ({own.pop()}), without muP² factors")
         settings: dict[str, Any] = dict(lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        settings |= {key: options[key] for key in settings if key in options}
         settings |= {"rho": RHO if self.rho is None else self.rho} | (self.group_options or {})
         if "scaling" not in settings:
             if kind not in RATES:
@@ -106,8 +147,9 @@ class SAMTrainer(Trainer):
                 )
             settings["scaling"] = exponents(base_optimizer=RATES[kind])
         groups = param_groups(model, self.base, **settings)
+        _warn_of_rounding(groups)
         groups = split_by_decay(groups, set(self.get_decay_parameter_names(model)))
-        return SAM(groups, kind, **options, **self.sam_options or {})
+        return SAM(groups, kind, **options | (self.sam_options or {}))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The first pass over a micro-batch; after the last micro-batch of the update, also the second pass."""
@@ -121,6 +163,7 @@ class SAMTrainer(Trainer):
             self.micro_batches.append(batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # an update follows
+            loss = loss.clone()  # the second pass may reuse its memory
             self.second_pass(model) if sam.climbs else sam.first_step()
         return loss
 
@@ -135,6 +178,23 @@ class SAMTrainer(Trainer):
                 self.current_gradient_accumulation_steps = batch.accumulation_steps
                 with nullcontext() if i == len(batches) else self.accelerator.no_sync(model):
                     super().training_step(model, batch.inputs, batch.num_items_in_batch)
+
+
+def _owner(kind: type, method: str) -> str:
+    """The name of the class from which the method comes."""
+    return next(parent.__name__ for parent in kind.__mro__ if method in vars(parent))
+
+
+def _warn_of_rounding(groups: Groups) -> None:
+    perturbed = [named for g in groups if g["perturb"] for named in zip(g["names"], g["params"])]
+    half = [(name, p.dtype) for name, p in perturbed if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        name, dtype = half[0]
+        warnings.warn(
+            f"{len(half)} perturbed parameters have few digits ('{name}' is in {dtype}), and rounding hides a part of "
+            "the perturbation. Load the model with dtype=torch.float32, and train with bf16=True.",
+            stacklevel=3,
+        )
 
 
 def split_by_decay(groups: Groups, decayed: set[str]) -> Groups:

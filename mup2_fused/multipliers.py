@@ -26,20 +26,27 @@ T5 = {"t5", "umt5", "longt5", "pop2piano", "udop", "switch_transformers"}
 
 
 def require_same_numbers(model: nn.Module, base: nn.Module) -> None:
-    """ValueError if the model multiplies by another number than the base model, where no tensor takes this up."""
-    theirs = dict(_numbers(base))
+    """ValueError if the model multiplies by other numbers than the base model, where no tensor takes this up."""
+    theirs, lines = dict(_numbers(base)), []
     for name, number in _numbers(model):
         if not _same(number, other := theirs.get(name, number)):
-            owner, _, attribute = name.rpartition(".")
-            change = {
-                "embed_scale": f"make the model, and set model.get_submodule('{owner}').embed_scale = "
-                f"torch.tensor({other}); where the config has scale_embedding, False is enough",
-                "mup_enabled": "set mup_enabled=False in both configs",
-            }
-            raise ValueError(
-                f"the model multiplies by a number ({name}) that is {number} here and {other} in the base model. muP² "
-                f"needs the same number at all widths: {change.get(attribute, 'give both configs the same one')}"
-            )
+            lines.append(f"{name} is {number} here and {other} in the base model: {_advice(name, other)}")
+    if lines:
+        raise ValueError(
+            "the model multiplies by numbers that differ from those of the base model. muP² needs the same ones at all "
+            "widths.\n" + "\n".join(lines)
+        )
+
+
+def _advice(name: str, other: Any) -> str:
+    """How the number becomes that of the base model."""
+    if name.startswith("config."):
+        of_width = name.endswith("mup_enabled")
+        return "set mup_enabled=False in both configs" if of_width else "give both configs the same one"
+    owner, _, attribute = name.rpartition(".")
+    module = f"model.get_submodule('{owner}')" if owner else "model"
+    more = "; where the config has scale_embedding, False is enough" if attribute == "embed_scale" else ""
+    return f"make the model, and set {module}.{attribute} = torch.tensor({other}){more}"
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -50,16 +57,25 @@ def _same(a: Any, b: Any) -> bool:
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, number) for those that must be the same at all widths. Embeddings have an embed_scale in many models."""
-    for name, module in model.named_modules():
-        number: Any = getattr(module, "embed_scale", None)
-        if isinstance(number, Tensor) and number.is_meta:
-            number = getattr(module, "scalar_embed_scale", None)
-        fixed = isinstance(number, Tensor) and number.numel() == 1 and not isinstance(number, nn.Parameter)
-        if fixed or isinstance(number, (int, float)):
-            yield f"{name}.embed_scale", float(number)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
+    of_transformers = hasattr(config, "get_text_config")
+    for owner, module in model.named_modules():
+        # Training changes no buffer that checkpoints lack.
+        fixed: dict[str, Any] = {name: module._buffers[name] for name in sorted(module._non_persistent_buffers_set)}
+        found = {name: b for name, b in fixed.items() if of_transformers and b is not None and b.is_floating_point()}
+        found["embed_scale"] = getattr(module, "embed_scale", None)
+        if isinstance(found["embed_scale"], Tensor) and found["embed_scale"].is_meta:
+            found["embed_scale"] = getattr(module, "scalar_embed_scale", None)
+        for attribute, number in found.items():
+            if isinstance(number, (int, float)) or _is_fixed(number):
+                yield f"{owner}.{attribute}".lstrip("."), float(number)
+    if of_transformers:
         yield from _in_config(config.to_dict(), "config")
+
+
+def _is_fixed(value: Any) -> bool:
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+    return one and not isinstance(value, nn.Parameter)
 
 
 def _in_config(settings: dict[str, Any], owner: str) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from mup2_fused.bases import Base, base_module
+from mup2_fused.bases import Base, base_module, require_same_counts
 from mup2_fused.layouts import (
     EMBEDDINGS,
     NORM_MODULES,
@@ -81,6 +81,7 @@ def describe(model: nn.Module, base: Base = None, roles: dict[str, str] | None =
     _refuse_old_norms(model, roles)
     base_shapes = _base_shapes(model, base)
     if base is not None:
+        require_same_counts(model, base)
         require_same_numbers(model, base)
     readout, divisor = logits_divisor(model, base)
     first_names: dict[Tensor, str] = {}
@@ -99,9 +100,10 @@ def describe(model: nn.Module, base: Base = None, roles: dict[str, str] | None =
         weight = _weight(place, roles.get(first))
         if not _agree(found.setdefault(first, weight), weight):
             raise ValueError(
-                f"'{first}' ({found[first].role}) and '{name}' ({weight.role}) are one tied tensor in two roles. Say "
-                f"which role counts: roles={{'{first}': '{found[first].role}'}}. With 'input' the model must divide "
-                "its logits by the growth of the width, as mup.MuSharedReadout does, or they blow up."
+                f"'{first}' ({found[first].role}) and '{name}' ({weight.role}) are one tied tensor in two roles. Untie "
+                "both models (tie_word_embeddings=False in transformers), or say which role counts: "
+                f"roles={{'{first}': 'output'}}. 'input' is for models that divide their logits by the growth of the "
+                "width, as mup.MuSharedReadout does. In others the logits blow up."
             )
     if missing := base_shapes.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
         raise ValueError(f"the base model has parameters that the model lacks: {sorted(missing)}")

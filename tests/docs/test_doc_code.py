@@ -303,7 +303,7 @@ def test_timm():
 
 
 def test_hugging_face_trainer(tmp_path):
-    """The two blocks of docs/frameworks.md on a small model, and the options in its table."""
+    """The three blocks of docs/frameworks.md on a small model, and the options in its table."""
     import_torchvision()  # before transformers, which imports it
     hf = pytest.importorskip("transformers")
     page = "docs/frameworks.md"
@@ -324,6 +324,9 @@ def test_hugging_face_trainer(tmp_path):
     sam, model = names["trainer"].sam, names["model"]
     assert len(sam.state) == len(list(model.parameters())) and isinstance(sam.base_optimizer, torch.optim.AdamW)
     assert {g["rho"] for g in sam.param_groups} == {0.2, 0.1, 0.05} and names["trainer"].state.global_step == 6
+    before = weights(model)
+    exec(block(page, "base=model"), names)
+    assert_changed(model, before)
     exec(block(page, "FrozenTrainer"), names)
     names |= {"Seq2SeqTrainer": hf.Seq2SeqTrainer, "opt": sam}
     options = re.findall(r"\| `((?:class MyTrainer|SAMTrainer\().*?)` ?[|,]", (ROOT / page).read_text())
@@ -381,7 +384,7 @@ def test_every_page_with_code_is_run():
         "README.md": 1,
         "docs/training.md": 13,
         "docs/cheaper-sam.md": 8,
-        "docs/frameworks.md": 7,
+        "docs/frameworks.md": 8,
         "docs/networks.md": 3,
         "docs/mup-package.md": 2,
         "docs/kernels.md": 1,

@@ -191,7 +191,8 @@ def test_sentences_about_fashion_mnist():
     point = lambda method, width: (rows[method, width]["lr"], rows[method, width]["rho"])
     assert point("muP²", 64) == point("muP²", 128) == (0.005, 0.1778)
     assert {point("muP²", width) for width in (256, 512, 1024)} == {(0.01, 0.3162)}
-    assert [point(method, width)[0] for method in ("SP-naive", "muP-naive") for width in (128, 1024)] == [0.01, 0.0025] * 2
+    for method in ("SP-naive", "muP-naive"):
+        assert (point(method, 128)[0], point(method, 1024)[0]) == (0.01, 0.0025)
     radius = {width: transfer_report.largest_stable_rho(rows["muP²", width]) for width in (64, 512, 1024)}
     assert 1.9 < radius[512] / radius[64] < 2.2 and radius[1024] < radius[512]
     assert_said("grows by a factor of {:.1f}", point("muP-global", 1024)[1] / point("muP-global", 64)[1])
@@ -206,7 +207,8 @@ def test_sentences_about_mnist1d():
     lost = [transfer_report.regret(rows["muP²", 256], width)[0] for width in (128, 64)]
     assert_said("loses {:.1f} points at width 256 with muP², but width 64's loses {:.1f}", *lost)
     assert transfer_report.regret(rows["SP-naive", 256], 64)[0] == 0
-    powers = [transfer_report.power_of_the_width(transfer_report.of([*rows.values()], m)) for m in ("muP-naive", "muP²")]
+    found = [[rows[method, width] for width in (64, 128, 256)] for method in ("muP-naive", "muP²")]
+    powers = [transfer_report.power_of_the_width(some) for some in found]
     assert_said("falls as width^{:.2f}", powers[0])
     assert powers[1] > 0
 

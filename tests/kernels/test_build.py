@@ -68,6 +68,17 @@ def test_where_it_cannot_be_built_the_compiled_part_is_left_out(project, platfor
     assert status and "MUP2_COMPILED=1 asks for the compiled part, but " + words in said
 
 
+@pytest.mark.parametrize("fault", ["ImportError", "OSError"])
+def test_a_torch_that_cannot_be_imported(project, fault):
+    """OSError: one of its libraries cannot be loaded."""
+    (project / "broken").mkdir()
+    (project / "broken" / "torch.py").write_text(f"raise {fault}('libcudart.so is missing')")
+    here = dict(PYTHONPATH=str(project / "broken"), CXX="g++", MUP2_COMPILED="")
+    status, said = setup(project, "build", **here)
+    words = "without its compiled part: torch cannot be imported (libcudart.so is missing)"
+    assert status == 0 and words in said, said
+
+
 def test_wrong_settings_and_old_versions(project):
     status, said = setup(project, "build", MUP2_COMPILED="yes")
     assert status and "MUP2_COMPILED must be 0 or 1" in said

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
+import re
 
 import pytest
 import torch
@@ -70,6 +71,55 @@ def test_a_config_or_a_function_is_the_base_model(build, as_given):
     assert texts[0] == texts[1] and "output" in texts[0]
     assert all(p.is_meta for m in [*made, base_module(model, base)] for p in m.parameters())
     assert as_given is None or vars(as_given) == vars(before)
+
+
+def test_making_the_base_model_draws_no_random_numbers():
+    """Some models draw weights that are not on the meta device, as those with weight_norm do."""
+    model = MLP(5, WIDTH, 3)
+
+    def base():
+        torch.rand(3, device="cpu")
+        return MLP(5, BASE, 3)
+
+    drawn = []
+    for given in (base, base()):
+        torch.manual_seed(0)
+        drawn.append(weights(init_(model, given)))
+    assert equal(*drawn)
+
+
+def resized(model, tokens):
+    model.resize_token_embeddings(tokens)
+    return model
+
+
+@pytest.mark.parametrize("width", [WIDTH, BASE])
+def test_other_numbers_of_tokens_and_labels(width):
+    """They are no width, also at the base width. Position tables may differ."""
+    shape = dict(vocab_size=50, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+    def bert(kind, positions=16, **options):
+        settings = shape | dict(max_position_embeddings=positions, tie_word_embeddings=False)
+        return getattr(hf, f"BertFor{kind}")(hf.BertConfig(**settings | options))
+
+    def base(**options):
+        return hf.BertConfig(**shape | dict(hidden_size=BASE, max_position_embeddings=16) | options)
+
+    for model, given, message in (
+        (resized(language_model("Llama", width), 53), config("Llama", BASE), "53 tokens and the base model 50.*vocab_"),
+        (language_model("Llama", width), config("Llama", BASE, vocab_size=40), "50 tokens and the base model 40"),
+        (bert("SequenceClassification", num_labels=7), base(), "7 labels \\('classifier.*base model 2: .*num_labels"),
+        (bert("TokenClassification"), base(num_labels=5), "2 labels \\('classifier.*base model 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            param_groups(model, given, lr=0.1, rho=0.1)
+    table = language_model("Llama", width)
+    table.lm_head = nn.Linear(width, 53, bias=False)
+    with pytest.raises(ValueError, match="53 tokens and the base model 50"):
+        describe(table, config("Llama", BASE))
+    describe(bert("SequenceClassification", num_labels=7), base(num_labels=7))
+    describe(bert("MaskedLM", num_labels=7), base(tie_word_embeddings=False)), "it has no classifier"
+    describe(bert("SequenceClassification", positions=32), base())
 
 
 def test_what_is_no_base_model():
@@ -152,7 +202,8 @@ def test_a_tied_readout_that_divides_by_the_growth_needs_no_word():
     groups = param_groups(model, config("MiniCPM3", BASE, **tied), lr=0.1, rho=0.1)
     (group,) = (g for g in groups if "model.embed_tokens.weight" in g["names"])
     assert (group["role"], group["rho"], group["gradnorm_scaling"]) == ("input", pytest.approx(0.4), 2.0)
-    with pytest.raises(ValueError, match="one tied tensor in two roles"):
+    message = "one tied tensor in two roles. Untie both .*or .*roles={'model.embed_tokens.weight': 'output'}"
+    with pytest.raises(ValueError, match=message):
         describe(language_model("Granite", tie_word_embeddings=True), config("Granite", BASE, tie_word_embeddings=True))
 
 
@@ -163,7 +214,7 @@ def test_a_tied_readout_that_divides_by_the_growth_needs_no_word():
         ("Granite", dict(residual_multiplier=0.5), {}, "residual_multiplier.*give both configs the same one"),
         ("FalconH1", dict(mlp_multipliers=[1.0, 0.5]), {}, "config.mlp_multipliers"),
         ("MiniCPM3", dict(scale_emb=6), {}, "embed_tokens.embed_scale"),
-        ("Gemma", {}, {}, "embed_scale\\) that is 8.0 here and 4.0 .*embed_scale = torch.tensor\\(4.0\\)"),
+        ("Gemma", {}, {}, "embed_scale is 8.0 here and 4.0 .*embed_scale = torch.tensor\\(4.0\\)"),
         ("Afmoe", dict(mup_enabled=True), dict(mup_enabled=True), "set mup_enabled=False in both"),
     ],
 )
@@ -174,6 +225,46 @@ def test_other_numbers_must_be_the_same(name, now, at_base, message):
         param_groups(model, config(name, BASE, **at_base | parts), lr=0.1, rho=0.1)
     if now != at_base:
         describe(model, config(name, BASE, **now | parts))
+
+
+def test_all_numbers_that_differ_are_in_one_error():
+    """Those in buffers, too, whether the base model is made or a config; the error's advice helps."""
+    shape = dict(vocab_size=50, hidden_size_per_layer_input=8, vocab_size_per_layer_input=50, head_dim=8, laurel_rank=4)
+    shape |= HEADS | dict(num_hidden_layers=2, num_kv_shared_layers=0, layer_types=["full_attention"] * 2)
+    shape |= dict(activation_sparsity_pattern=[0.0, 0.0], tie_word_embeddings=False)
+
+    def gemma3n(n):
+        return hf.Gemma3nTextConfig(hidden_size=n, intermediate_size=2 * n, **shape)
+
+    model = hf.Gemma3nForCausalLM(gemma3n(WIDTH))
+    for base in (gemma3n(BASE), hf.Gemma3nForCausalLM(gemma3n(BASE))):
+        with pytest.raises(ValueError, match="per_layer_projection_scale is 0.125 here and 0.25") as caught:
+            describe(model, base)
+        lines = str(caught.value).splitlines()[1:]
+        assert [line.split()[0].rpartition(".")[2] for line in lines] == [
+            *("per_layer_projection_scale", "embed_scale", "router_input_scale", "router_input_scale")
+        ]
+    for line in lines:
+        exec(re.search(r"set (model\..*\))", line)[1], {"model": model, "torch": torch})
+    assert describe(model, base)["lm_head.weight"].role == "output"
+    assert model(torch.arange(6)[None]).logits.shape == (1, 6, 50)
+
+
+def test_numbers_in_buffers_of_other_models_are_their_own_affair():
+    """A running number, and a scale of attention."""
+
+    class Model(MLP):
+        def __init__(self, n, persistent):
+            super().__init__(5, n, 3)
+            self.register_buffer("number", torch.tensor(1 / n), persistent=persistent)
+
+    for persistent in (True, False):
+        describe(Model(WIDTH, persistent), Model(BASE, persistent))
+
+
+@pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "LongT5", "Pop2Piano", "Udop"])
+def test_embeddings_of_t5_stay_tied(family):
+    assert getattr(hf, f"{family}Config")(tie_word_embeddings=False).tie_word_embeddings, "docs/networks.md says so"
 
 
 def test_numbers_of_a_model_inside():

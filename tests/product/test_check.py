@@ -225,7 +225,7 @@ class Tied(nn.Module):
 
 
 def test_a_readout_tied_to_the_embedding_blows_up():
-    with pytest.raises(ValueError, match=r"With 'input' the model must divide its logits"):
+    with pytest.raises(ValueError, match=r"'input' is for models that divide their logits"):
         check(Tied, WIDTHS)
     report = check(Tied, WIDTHS, roles={"e.weight": "input"}, base_optimizer="adam")
     assert not report.passed and report.rows[-1].wrong and "MuSharedReadout" in str(report)

@@ -1,5 +1,6 @@
 """SAMTrainer against a plain loop in which SAM's closure runs over all micro-batches of an update."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -93,6 +94,39 @@ def test_resumes_bit_for_bit(way, tmp_path):
     assert a["state"] and a["param_groups"] == b["param_groups"]
 
 
+class Static(Classifier):
+    """If it has a memory, its loss is always there, as in a CUDA graph."""
+
+    memory = None
+
+    def forward(self, x, labels, num_items_in_batch):  # Trainer does not divide such a loss, which would make a copy
+        loss = super().forward(x, labels)["loss"]
+        return {"loss": loss if self.memory is None else Reused.apply(loss, self.memory)}
+
+
+class Reused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, memory):
+        return memory.copy_(loss).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def test_the_loss_at_w_is_logged_if_the_second_pass_reuses_its_memory(tmp_path):
+    losses = []
+    for memory in (None, torch.zeros(())):
+        torch.manual_seed(0)
+        model = Static()
+        model.memory = memory
+        trainer = trainer_of(model, tmp_path, dict(base=model, rho=1.0), gradient_accumulation_steps=1)
+        trainer.model_accepts_loss_kwargs = True
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
 class Watch(hf.TrainerCallback):
     """The weights and the events at which they were seen."""
 
@@ -153,6 +187,23 @@ def test_a_fault_leaves_the_weights_at_w(fault, at, updates, tmp_path):
     trainer.train()
     if not updates:
         assert equal(weights(trainer.model), plain(llama(), data=data)[0])
+
+
+class StopsHalfway(hf.TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_no_micro_batch_is_kept_after_training(tmp_path):
+    for fault in (KeyboardInterrupt, RuntimeError):
+        trainer = trainer_of(llama(), tmp_path, kind=Fails)
+        trainer.fault, trainer.fails_at, trainer.before = fault, 3, weights(trainer.model)
+        with pytest.raises(fault, match="here"):
+            trainer.train()
+        assert trainer.passes == 3 and trainer.micro_batches == []
+    trainer = trainer_of(llama(), tmp_path, dict(base=config(BASE), callbacks=[StopsHalfway()]))
+    trainer.train()
+    assert trainer.state.global_step == 0 and trainer.micro_batches == []
 
 
 class Endless(torch.utils.data.IterableDataset):
@@ -225,13 +276,15 @@ def test_errors(tmp_path):
     with pytest.raises(RuntimeError, match="take mup2_fused.huggingface.SAMTrainer"):
         alone.train()
     assert equal(weights(model), before)
-    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    sgd, own = torch.optim.SGD(model.parameters(), 0.1), {"params": []}
     for error, message, options, arguments in (
         (TypeError, "needs a mup2_fused.SAM, not .*SGD", dict(optimizers=(sgd, None)), {}),
         (ValueError, "leave out base, rho", dict(optimizers=(sam_of(model), None), rho=0.1), {}),
         (ValueError, "groups=dict\\(scaling=", dict(base=config(BASE)), dict(optim="adagrad")),
-        (ValueError, "no infshape", {}, {}),
-        (ValueError, "makes groups of its own", dict(optimizer_cls_and_kwargs=(torch.optim.SGD, {"params": []})), {}),
+        (ValueError, "base=model gives plain SAM", {}, {}),
+        (ValueError, "sam has lr, rho: give rho to SAMTrainer", dict(sam=dict(rho=0.1, lr=1)), {}),
+        (ValueError, "sam has weight_decay: give", dict(sam=dict(weight_decay=0.1)), {}),
+        (ValueError, "groups of its own", dict(base=model, optimizer_cls_and_kwargs=(torch.optim.SGD, own)), {}),
     ):
         with pytest.raises(error, match=message):
             trainer_of(model, tmp_path, options, **arguments).create_optimizer()
@@ -243,6 +296,65 @@ def test_errors(tmp_path):
 
     with pytest.raises(ValueError, match="FSDP1 and DeepSpeed flatten"):
         DeepSpeed(model, hf.TrainingArguments(str(tmp_path), use_cpu=True), base=config(BASE))
+
+
+def test_settings_of_the_base_optimizer(tmp_path):
+    """Those beside its class count, and those in sam override them."""
+    for settings, sam, expected in (
+        (dict(lr=0.5, momentum=0.9), {}, dict(lr=0.5, weight_decay=0.1, momentum=0.9)),
+        (dict(momentum=0.9, weight_decay=0.3), dict(momentum=0.8), dict(lr=0.01, weight_decay=0.3, momentum=0.8)),
+    ):
+        options = dict(base=(model := llama()), sam=sam, optimizer_cls_and_kwargs=(torch.optim.SGD, settings))
+        made = trainer_of(model, tmp_path, options).create_optimizer()
+        decayed = [g for g in made.param_groups if g["weight_decay"]]
+        assert decayed and all(g[key] == number for g in decayed for key, number in expected.items())
+        assert {g["lr"] for g in made.param_groups} == {expected["lr"]}
+        assert any(g["weight_decay"] == 0 for g in made.param_groups)
+    model = llama()
+    made = trainer_of(model, tmp_path, dict(base=model, sam=dict(betas=(0.8, 0.9), interval=2))).create_optimizer()
+    assert made.interval == 2 and {g["betas"] for g in made.param_groups} == {(0.8, 0.9)}
+
+
+class DrawsBatches(hf.Trainer):
+    """As TRL's GRPOTrainer does."""
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs(inputs)
+
+
+class LayerwiseDecay(hf.Trainer):
+    def create_optimizer(self, model=None):
+        raise AssertionError
+
+
+def test_trainers_that_it_cannot_be_combined_with(tmp_path):
+    """They would train on other data, or with another optimizer, without a word."""
+    model = llama()
+    for parent, message in (
+        (DrawsBatches, "DrawsBatches overrides _prepare_inputs.* get other batches"),
+        (LayerwiseDecay, "LayerwiseDecay overrides create_optimizer.* Override make_sam"),
+    ):
+        kind = type("Both", (SAMTrainer, parent), {})
+        with pytest.raises(TypeError, match=message):
+            trainer_of(model, tmp_path, kind=kind)
+    own = trainer_of(model, tmp_path, dict(optimizers=(sam_of(model), None)), kind)
+    own.train()
+    assert not equal(weights(model), weights(llama()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_perturbed_weights_with_few_digits_raise_a_warning(dtype, tmp_path):
+    model = llama().to(dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if "norm" in name else p.data
+    for perturb, count in (("all", 9), ("norm", 0)):
+        trainer = trainer_of(model, tmp_path, dict(base=model, groups=dict(perturb=perturb)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.create_optimizer()
+        said = [str(w.message) for w in caught if "Load the model with dtype=torch.float32" in str(w.message)]
+        assert len(said) == bool(count and dtype != torch.float32)
+        assert all(f"{count} perturbed parameters" in text and f".weight' is in {dtype}" in text for text in said)
 
 
 def test_two_processes(tmp_path):
