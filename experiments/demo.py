@@ -1,6 +1,6 @@
 """The demo: tune SAM on a narrow network, keep its learning rate and radius on wide ones, and see what that costs.
 
-    python -m experiments.demo                             three minutes on two cores; the figure is runs/demo/demo.png
+    python -m experiments.demo                             two minutes on two cores; the figure is runs/demo/demo.png
     python -m experiments.demo --methods SP-naive muP-naive muP²     also muP with one radius for all layers
     python -m experiments.demo --out experiments/results   the committed figure, from the committed runs
 
