@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import a10g, step_kinds, step_time
 from experiments import demo, epoch_time_tables, frontier, frontier_report, frontier_transfer, sweep, transfer_report
+from experiments.transfer_report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
@@ -27,10 +28,6 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def caption(sentence: str) -> str:

@@ -71,30 +71,34 @@ def plus_minus(pair: tuple[float, float], sign: str = "") -> str:
     return f"{pair[0]:{sign}.1f} ± {pair[1]:.1f}"
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def format_table(rows: list[Row]) -> str:
     """Markdown. ± is a standard error; in brackets are values that the search cannot tell from the best one."""
     narrow = widths(rows)[:2]
     head = ["", "width", "best lr", "best rho", "accuracy %", "without SAM", "gain"]
     head += [f"regret of width {w}'s" for w in narrow]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         cells = [row["method"], f"{row['width']}", span(row["lr"], row["lrs"]), span(row["rho"], row["rhos"])]
         cells += [plus_minus(mean_error(row["accuracies"])), plus_minus(mean_error(row["alone"]))]
         cells += [plus_minus(gain(row), "+")]
         cells += [plus_minus(regret(row, w)) if w < row["width"] else "" for w in narrow]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def format_radii(rows: list[Row]) -> str:
     """Markdown, a line per method: the largest stable rho of each width, and the power of the width that fits them."""
     head = ["largest stable rho", *(f"width {width}" for width in widths(rows)), "grows as"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for method in methods(rows):
         mine = of(rows, method)
         radii = [f"{largest_stable_rho(row):.3g}" for row in mine]
         lines.append([method, *radii, f"width^{power_of_the_width(mine):.2f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def format_summary(results: dict[str, list[Row]]) -> str:
@@ -103,27 +107,27 @@ def format_summary(results: dict[str, list[Row]]) -> str:
     assert all(other == (narrow, wide) for other in others), "one table for results at the same widths"
     head = ["", "", f"best (lr, rho) at width {narrow}", f"at width {wide}", f"regret at {wide}"]
     head += [f"accuracy % at {wide}", "without SAM"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for (title, rows), method in ((result, method) for result in results.items() for method in methods(result[1])):
         mine = of(rows, method)
         points = [f"{row['lr']:.3g}, {row['rho']:.3g}" for row in (mine[0], mine[-1])]
         found = [mean_error(mine[-1][key]) for key in ("accuracies", "alone")]
         lines.append([title, method, *points, *map(plus_minus, (regret(mine[-1], narrow), *found))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def format_variants(rows: list[Row]) -> str:
     """Markdown in the layout of the paper's Table 2, from the rows of one width: accuracy, and gain over SGD."""
     found = {row["method"]: row for row in rows}
-    lines = [["", *(TITLES.get(name, name) for name in ("SP-naive", "muP²"))], ["---"] * 3]
+    head = ["", *(TITLES.get(name, name) for name in ("SP-naive", "muP²"))]
     without = [plus_minus(mean_error(found[name]["alone"])) for name in ("SP-naive", "muP²")]
-    lines.append(["without SAM", *without])
+    lines = [["without SAM", *without]]
     for title, suffix in (("SAM", ""), *((name, f" {name}") for name in ("SAM-ON", "elementwise", "layerwise"))):
         pair = [found[name + suffix] for name in ("SP-naive", "muP²")]
         lines.append(
             [title, *(f"{plus_minus(mean_error(r['accuracies']))} ({plus_minus(gain(r), '+')})" for r in pair)]
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def what_to_see(rows: list[Row]) -> str:
