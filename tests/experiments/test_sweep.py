@@ -108,7 +108,7 @@ def test_sweep_of_networks(tmp_path, monkeypatch, network, narrow):
     monkeypatch.setattr(sweep, "data_on", few_digits)
     points = [*itertools.product(("SP-naive", "muP²"), (narrow, 2 * narrow), (0.02,), (0.1,), (0,))]
     points += [("muP-SGD", 2 * narrow, 0.02, 0.0, 0)]
-    sweep.sweep([Run("noisy-digits", *point, 1, network) for point in points], tmp_path / "runs.jsonl", Place(), "")
+    sweep.sweep([Run("noisy-digits", *point, 3, network) for point in points], tmp_path / "runs.jsonl", Place(), "")
     last = {(row["method"], row["width"]): row["last"] for row in sweep_rows(tmp_path / "runs.jsonl")}
     wide = 2 * narrow
     assert last["muP²", narrow] == last["SP-naive", narrow] != last["muP²", wide] != last["SP-naive", wide]
