@@ -149,7 +149,7 @@ class Transfer:
     def report_at(self, width: int) -> None:
         """Train what is reported of a width."""
         best, narrow = self.best[width], list(self.best.values())[:2]
-        pairs = [(m, found[m]) for m, found in itertools.product(best, [best, *narrow])]
+        pairs = [*best.items(), *((m, found[m]) for m, found in itertools.product(self.methods, narrow))]
         radii = [*range(-AROUND, 0), *range(1, AROUND + 1)]
         pairs += [(m, best[m].moved((0, step))) for m, step in itertools.product(self.methods, radii)]
         self.train(dict.fromkeys(pairs), width, self.reported, "report")
