@@ -184,7 +184,7 @@ def heat_map(axis: Any, rows: list[Row]) -> None:
     for (i, lr), (j, rho) in itertools.product(enumerate(lrs), enumerate(rhos)):
         if (accuracy := grid.get((lr, rho))) is not None:
             colour = "black" if accuracy > best - 3 else "white"
-            axis.text(j, i - 0.3, f"{accuracy:.0f}", ha="center", va="center", fontsize=9, color=colour)
+            axis.text(j + 0.45, i - 0.33, f"{accuracy:.1f}", ha="right", va="center", fontsize=8, color=colour)
     way = [(rhos.index(row["rho"]), lrs.index(row["lr"])) for row in rows]
     for start, end in itertools.pairwise(way):
         if start != end:
