@@ -10,20 +10,20 @@ SAM climbs from the weights w to w + e, computes the gradient there, returns to 
 The problem: in a wide network a few layers dominate the joint norm, and the perturbation of every other layer vanishes.
 The solution: scale each layer's perturbation so that its effect on the layer's output does not depend on the width n.
 In an MLP (h_1 = W_1 x, x_l = relu(h_l), h_{l+1} = W_{l+1} x_l) each layer has one of three roles: input (its fan_out
-grows with n), hidden (fan_out and fan_in grow) or output (its fan_in grows). Definition 4 has exponents for each role:
+grows with n), hidden (fan_out and fan_in grow) or output (its fan_in grows). Definition 4 has these exponents:
 
     initialize    W_l ~ N(0, sigma² n^(-2 b_l))
     update        W_l <- W_l - lr n^(-c_l) dL/dW_l      with the gradient at W + e
     perturb       e_l = rho n^(-d) v_l / ||v||,         v_l = n^(-d_l) dL/dW_l,   ||v||² = sum of all ||v_l||²
-µP (maximal update) has b = (0, 1/2, 1) and c = (-1, 0, 1). µP² adds d = -1/2 and d_l = (-1/2, 1/2, 3/2).
+For (input, hidden, output) µP has b = (0, 1/2, 1) and c = (-1, 0, 1). µP² adds d = -1/2 and d_l = (-1/2, 1/2, 3/2).
 
 In practice (Algorithm 1) each tensor is compared with its counterpart in a narrow base model. Let r be the growth of
 fan_out / fan_in from the base model to this one. The tensor's radius (and SGD's learning rate) is multiplied by r, and
 its part of the joint norm by sqrt(r). At the base width all factors are 1 and µP² is plain SAM: the lr and the rho that
 were tuned there are right at every other width.
 
-Left out here, and found in mup2_fused: fused kernels, mixed precision, non-finite, sparse and sharded gradients, graph
-capture, maximize, deepcopy, roles in any architecture, SAM-ON, more of Table D.2, and errors that explain themselves.
+Left out here, and found in mup2_fused: compiled kernels, cheaper steps, 16-bit and distributed training, roles in any
+architecture, perturbing normalization layers only (SAM-ON), and errors that explain themselves.
 """
 
 import math
@@ -182,21 +182,21 @@ def power(x: list[float], growth: Growth, n: float | None) -> float:
 def initial_std(growth: Growth, e: Exponents) -> float:
     """n^(-b_l): the initial standard deviation divided by the base model's."""
     std = growth.fan_in ** -(e.b[2] if growth.fan_out == 1 else e.b[1])
-    narrows = e.b[2] == 1 and growth.role == "hidden"  # µP corrects hidden layers whose fan_in grows more than fan_out
-    return std * (min(1.0, growth.fan_out / growth.fan_in) ** 0.5 if narrows else 1.0)
+    in_mup = e.b[2] == 1 and growth.role == "hidden"  # µP corrects hidden layers whose fan_in grows more than fan_out
+    return std * (min(1.0, growth.fan_out / growth.fan_in) ** 0.5 if in_mup else 1.0)
 
 
 def factors(e: Exponents, growth: Growth, n: float | None) -> tuple[float, float, float]:
     """A tensor's factors: n^(-c_l) for lr, n^(-d - d_l) for rho, and gradnorm_scaling, its factor in the joint norm.
     gradnorm_scaling keeps each layer's part of the norm at Theta(1) (Algorithm 1), or is n^(-d_l) with norm="joint".
-    In adaptive SAM, T grows by t, which is n^T only if all fans grow by n: t corrects the factors where they do not."""
-    gradient, T, _ = unscaled(e)
+    Adaptive SAM's normalizer T grows by t, which is n^(exponent of T) only if all fans grow by n: t corrects this."""
+    gradient, of_T, _ = unscaled(e)
     lr = power([-x for x in e.c], growth, n)
     if not any(e.dl):
         return lr, power([-e.d] * 3, growth, n), 1.0
     std = initial_std(growth, e)
     t = {"sam": 1.0, "elementwise": std, "layerwise": std * math.prod(growth) ** 0.5}[e.variant]
-    numerator = [2 * y - x for x, y in zip(e.dl, T)]
+    numerator = [2 * y - x for x, y in zip(e.dl, of_T)]
     rho = power([x - e.d for x in numerator], growth, n) / t**2
     norm = power(numerator, growth, n) / t**2 if e.norm == "joint" else power([-x for x in gradient], growth, n) / t
     return lr, rho, norm

@@ -192,7 +192,7 @@ def machine(device: str) -> dict:
 def markdown_table(result: dict) -> str:
     """One line per model, dtype and base optimizer: milliseconds of first_step() + second_step()."""
     names = [name for name in IMPLEMENTATIONS if any(r["implementation"] == name for r in result["rows"])]
-    head = ["model", "parameters", "dtype", "base", *names, "best peer / ours", "ours / floor"]
+    head = ["model", "parameters", "dtype", "base", *names, "best alternative / ours", "ours / floor"]
     lines = [head, ["---"] * len(head)]
     for key, case in itertools.groupby(result["rows"], lambda r: (r["model"], r["params"], r["dtype"], r["base"])):
         rows = {r["implementation"]: r for r in case}

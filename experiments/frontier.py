@@ -70,14 +70,14 @@ class Setting(NamedTuple):
 FEWER = ("sam", "interval-2", "interval-4", "interval-8", "part-4", "part-16", "momentum", "late-2")
 SETTINGS = {
     "mnist1d": Setting("MLP, MNIST-1D, plain SGD", "mlp", "mnist1d", 256, 60, 0.4, 0.4, 1024),
-    "mnist1d-momentum": Setting("MLP, MNIST-1D, momentum", "mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4, 1024),
+    "mnist1d-momentum": Setting("MLP, MNIST-1D, momentum SGD", "mlp-momentum", "mnist1d", 256, 60, 0.04, 0.4, 1024),
     "fashion": Setting(
         "MLP, Fashion-MNIST, plain SGD", "mlp", "noisy30-fashion-mnist-5k", 256, 60, 0.05, 0.2, 1024, FEWER
     ),
     "fashion-momentum": Setting(
-        "MLP, Fashion-MNIST, momentum", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER
+        "MLP, Fashion-MNIST, momentum SGD", "mlp-cosine", "noisy30-fashion-mnist-5k", 256, 60, 0.01, 0.2, 1024, FEWER
     ),
-    "resnet": Setting("ResNet-18, digits, momentum", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER, 16),
+    "resnet": Setting("ResNet-18, digits, momentum SGD", "resnet", "noisy-digits", 16, 12, 0.1, 0.1, 64, FEWER, 16),
     "vit": Setting("ViT, digits, AdamW", "vit", "noisy-digits", 32, 24, 0.005, 0.12, 128, FEWER, 6, 3),
 }
 

@@ -64,7 +64,10 @@ def kept(row: Row) -> str:
 def format_table(rows: list[Row], wide: int) -> str:
     """Markdown. wide: the width of the second column of times."""
     times = f"time | time at width {wide}"
-    lines = [f"| | passes | {times} | lr | rho | accuracy % (± standard error) | of SAM's gain |", "|---" * 8 + "|"]
+    lines = [
+        f"| | passes per step | {times} | lr | rho | accuracy % (± standard error) | of SAM's gain |",
+        "|---" * 8 + "|",
+    ]
     for r in in_order(rows):
         error = "" if r["error"] is None else f" ± {r['error']:.2f}"
         accuracy = f"{r['accuracy']:.2f}{error} ({r['seeds']})"
@@ -80,7 +83,7 @@ def format_summary(settings: dict[str, list[Row]], chosen: tuple[str, ...] = ())
 
     settings: the rows by the setting's title. chosen: the ways; default all.
     """
-    lines = [f"| | passes | {' | '.join(settings)} |", "|---" * (2 + len(settings)) + "|"]
+    lines = [f"| | passes per step | {' | '.join(settings)} |", "|---" * (2 + len(settings)) + "|"]
     ways = {row["way"]: row for rows in settings.values() for row in rows if not chosen or row["way"] in chosen}
     by_way = [{row["way"]: row for row in rows} for rows in settings.values()]
     for way, any_row in sorted(ways.items(), key=lambda item: (item[1]["passes"], [*ALONE, *WAYS].index(item[0]))):
@@ -90,14 +93,14 @@ def format_summary(settings: dict[str, list[Row]], chosen: tuple[str, ...] = ())
 
 
 def what_to_see(rows: list[Row]) -> str:
-    """One sentence: what SAM gains, and the cheapest way that keeps nearly all of it."""
+    """One sentence: what SAM gains, and the cheapest way that keeps enough of it."""
     by_way = {row["way"]: row for row in rows}
     gained = f"SAM gains {by_way['sam']['accuracy'] - by_way[BASE]['accuracy']:.1f} points for two passes per step"
     good = [row for row in in_order(rows) if row["way"] not in (*ALONE, "sam") and (row["kept"] or 0) >= ENOUGH]
     if not good:
         return f"{gained}, and no way with fewer passes keeps {100 * ENOUGH:.0f} % of this."
-    cheapest = f"the cheapest way that keeps nearly all of this ({kept(good[0])}) is {title(good[0]['way'])}"
-    return f"{gained}; {cheapest}, with {good[0]['passes']:.2f} passes."
+    fewest = f"the fewest passes that keep at least {100 * ENOUGH:.0f} % of this are {good[0]['passes']:.2f}"
+    return f"{gained}; {fewest}: {title(good[0]['way'])} keeps {kept(good[0])}."
 
 
 def summary_cell(row: Row) -> str:

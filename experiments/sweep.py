@@ -80,7 +80,7 @@ WAYS = {
     "part-16": Way("1/16 of the batch", part=16, factor=2),
     "part-32": Way("1/32 of the batch", part=32, factor=2),
     "interval-4-part-4": Way("every 4th step, 1/4 of the batch", interval=4, part=4, factor=4),
-    "momentum": Way("momentum", ascent="momentum", factor=4),
+    "momentum": Way("climb by momentum", ascent="momentum", factor=4),
     "late-2": Way("last half", late=1 / 2),
     "late-4": Way("last quarter", late=1 / 4),
 }

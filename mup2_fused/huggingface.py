@@ -192,7 +192,7 @@ def _warn_of_rounding(groups: Groups) -> None:
         name, dtype = half[0]
         warnings.warn(
             f"{len(half)} perturbed parameters have few digits ('{name}' is in {dtype}), and rounding hides a part of "
-            "the perturbation. Load the model with dtype=torch.float32, and train with bf16=True.",
+            "the perturbation. Load the model with dtype=torch.float32, and train with fp16=True or in float32.",
             stacklevel=3,
         )
 

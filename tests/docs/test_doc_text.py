@@ -230,4 +230,4 @@ def test_the_learning_rate_of_the_picture_is_the_best_one_at_width_64():
         x = demo.seen(runs, "SP-naive", [64], rhos, 5, lr)
         best[lr] = x.mean(64, x.best_rho(64))
     assert max(best, key=best.get) == demo.LR
-    assert_said("half of it reaches {:.1f} %, twice of it {:.1f} %, and 0.00125 {:.1f} %", *best.values())
+    assert_said("0.000625 reaches {:.1f} %, 0.0025 reaches {:.1f} %, and 0.00125 reaches {:.1f} %", *best.values())

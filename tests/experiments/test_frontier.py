@@ -141,7 +141,7 @@ def test_a_frontier_of_known_runs(tmp_path):
     assert what_to_see(rows) == f"{gained}, and no way with fewer passes keeps 80 % of this."
     cheap = rows[2] | {"kept": 0.8, "passes": 1.2}
     assert what_to_see([*rows, cheap]) == (
-        f"{gained}; the cheapest way that keeps nearly all of this (80 ± 9 %) is every 4th step, with 1.20 passes."
+        f"{gained}; the fewest passes that keep at least 80 % of this are 1.20: every 4th step keeps 80 ± 9 %."
     )
 
 
