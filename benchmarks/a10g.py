@@ -1,7 +1,6 @@
 """The kernels on an A10G, computed without one: registers, occupancy, bytes, and the time that moving the bytes takes.
 
     python -m benchmarks.a10g                                                needs nvcc and c++filt, no GPU
-    python -m benchmarks.a10g --table benchmarks/results/a10g-computed.json  prints a finished run as markdown
 
 Nothing is measured. ptxas reports the registers for sm_86; the occupancy follows from them and from the limits of a
 multiprocessor. The floor is the time of the bytes that every SAM step has to move (see step_time.py) at 600 GB/s, which
@@ -9,7 +8,6 @@ the data sheet of the card promises.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import step_time
 from benchmarks.subjects import MODELS, count
+from experiments.commands import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GB_PER_S = 600
@@ -114,16 +113,10 @@ def markdown_table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the results in this file")
-    args = parser.parse_args()
-    if args.table:
-        result = json.loads(args.table.read_text())
-    else:
-        result = {"computed": f"for sm_86 at {GB_PER_S} GB/s, not measured", "nvcc": nvcc_version()}
-        result["kernels"] = kernels(compile_kernels()[0])
-        result["floors"] = floors()
-        OUT.write_text(json.dumps(result, indent=1) + "\n")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    result = {"computed": f"for sm_86 at {GB_PER_S} GB/s, not measured", "nvcc": nvcc_version()}
+    result |= {"kernels": kernels(compile_kernels()[0]), "floors": floors()}
+    write_json(OUT, result)
     print(markdown_table(result))
 
 

@@ -2,7 +2,6 @@
 
     python -m benchmarks.step_kinds                          some models on the CPU, a few minutes
     python -m benchmarks.step_kinds --device cuda --models resnet18-w4 vit-b16
-    python -m benchmarks.step_kinds --table benchmarks/results/kinds/FILE.json         prints a finished run as markdown
 
 The kinds are a step without SAM between those of an interval, a step that climbs by momentum, and a SAM step. No model
 runs: see benchmarks.step_time, whose shapes and clocks are used. All take turns, in an order that rotates, and the
@@ -13,7 +12,6 @@ per float32 parameter; the base optimizer moves as many as a step without SAM.
 import argparse
 import gc
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 
 from benchmarks.step_time import BASES, WARMUP, cpu_clock, cuda_clock, machine
 from benchmarks.subjects import MODELS, OURS, count, from_package
+from experiments.commands import write_json
 
 FUSED = "fused base optimizer"
 KINDS: dict[str, dict[str, Any]] = {
@@ -86,17 +85,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp-tiny", "resnet18", "vit-s16", "mlp-4096"])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the results in this file")
     args = parser.parse_args()
-    if args.table:
-        return print(markdown_table(json.loads(args.table.read_text())))
     clock = cuda_clock() if args.device == "cuda" else cpu_clock
     cases = itertools.product(args.models, BASES)
     result = {"machine": machine(args.device), "rows": [row for case in cases for row in rows(*case, args, clock)]}
     print(markdown_table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python -m benchmarks.step_time                                        all models on the CPU
     python -m benchmarks.step_time --device cuda --models resnet18 vit-b16
-    python -m benchmarks.step_time --table benchmarks/results/FILE.json   prints a finished run as markdown
 
 No model runs. Parameters have the shapes of well-known models. Gradients are random tensors, which stay the same and
 which all implementations share. In each round every implementation makes one step, in an order that rotates. The
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.subjects import IMPLEMENTATIONS, MODELS, OURS, count
+from experiments.commands import write_json
 
 RHO, SEED = 0.05, 0
 WARMUP = 3  # steps of each implementation that are not timed, and then rounds whose times are not used
@@ -213,7 +213,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--compile-seconds", type=float, default=600, help="no more models are compiled after these")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/DEVICE.json")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the results in this file as markdown")
     args = parser.parse_args(argv)
     args.implementations = list(dict.fromkeys([OURS, *args.implementations]))
     return args
@@ -221,15 +220,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.table:
-        print(markdown_table(json.loads(args.table.read_text())))
-        return 0
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"error: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
-    knobs = {k: v for k, v in vars(args).items() if k not in ("out", "table", "threads")}
+    knobs = {k: v for k, v in vars(args).items() if k not in ("out", "threads")}
     options = {name: kwargs for name, (_, kwargs) in BASES.items()}
     knobs |= {"warmup": WARMUP, "rho": RHO, "seed": SEED, "options": options}
     result = {"machine": machine(args.device), "knobs": knobs}
@@ -252,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         case = None
         if "foreach-compiled" in args.implementations:
             torch.compiler.reset()  # frees memory; and torch stops compiling a function after many models
-        out.write_text(json.dumps(result, indent=1) + "\n")  # after every case, because a time limit may end this
+        write_json(out, result)  # after every case, because a time limit may end this
     print(f"{out}\n\n{markdown_table(result)}")
     return 0
 

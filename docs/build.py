@@ -53,6 +53,9 @@ def transfer_tables() -> dict[str, Callable[[], str]]:
     tables: dict[str, Callable[[], str]] = {}
     for name in (path.stem for path in sorted(RESULTS.glob("transfer_*.json"))):
         rows = partial(transfer_rows, name.partition("_")[2])
+        if name == "transfer_table2":
+            tables[name] = lambda rows=rows: transfer_report.format_variants(rows())
+            continue
         tables |= {name: lambda rows=rows: transfer_report.format_table(rows())}
         tables |= {f"{name}_radii": lambda rows=rows: transfer_report.format_radii(rows())}
         tables |= {f"{name}_caption": lambda rows=rows: caption(transfer_report.what_to_see(rows()))}

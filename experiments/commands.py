@@ -134,7 +134,8 @@ def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    """With a line for each row of a result."""
+    write(path, lambda file: file.write((json.dumps(content).replace("}, {", "},\n{") + "\n").encode()))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from small_runs import (
 )
 
 import mup2_fused as mup2
-from experiments import data, networks, table2, vision
+from experiments import data, networks, vision
 from experiments.cifar import CIFAR
 from experiments.presets import PRESETS, VARIANTS
 from experiments.vision_run import stream
@@ -67,7 +67,7 @@ def test_every_preset_trains_to_its_end(tmp_path, preset, capsys):
         assert row["test_accuracy"] > 12  # an epoch of the whole data set teaches something
 
 
-def test_every_variant_trains_and_stands_in_table2(tmp_path, monkeypatch, capsys):
+def test_every_variant_trains(tmp_path, monkeypatch):
     use_few_samples(monkeypatch)
     for variant, parameterization in itertools.product(VARIANTS, ("sp", "mup")):
         flags = ["--variant", variant, "--parameterization", parameterization, "--rho", "0.1"]
@@ -76,15 +76,6 @@ def test_every_variant_trains_and_stands_in_table2(tmp_path, monkeypatch, capsys
     losses = [[row["train_loss"] for row in metrics(path.parent)] for path in paths]
     assert all(last < first for first, _, last in losses)
     assert len({last for *_, last in losses}) == len(losses) == 10
-    capsys.readouterr()
-    assert table2.main([str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "vit on mnist1d, 1 layers, 2 heads, patches of 1 x 4, width multiplier 0.0625, 3 epochs" in printed
-    results = [json.loads(path.read_text()) for path in tmp_path.glob("*-mup-*/result.json")]
-    best = {result["settings"]["variant"]: result["best_test_accuracy"] for result in results}
-    gain = best["sam"] - best["none"]
-    assert f"| {best['none']:.2f} (1) | - | 0.01 |\n" in printed
-    assert f"| {best['sam']:.2f} (1) | {gain:+.2f} | 0.01, 0.1 |\n" in printed
 
 
 @pytest.mark.parametrize("backend", ["torch", "compiled"])
