@@ -2,7 +2,7 @@
 
 MNIST-1D and a part of Fashion-MNIST come with this repository (datasets/NOTICE tells their sources and licences), the
 digits come with scikit-learn. All of Fashion-MNIST, CIFAR-10 and CIFAR-100 are read from the files that their authors
-publish, ImageNet from a folder of images per class. Nothing is ever downloaded.
+publish (CIFAR by torchvision), ImageNet from a folder of images per class. Nothing is ever downloaded.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from experiments import fashion_mnist
-from experiments.cifar import CIFAR, read
 from experiments.commands import DataError, reading
 
 Split = tuple[Tensor, Tensor]  # inputs, labels
 MNIST1D = Path(__file__).parent / "datasets" / "mnist1d.npz"
+CIFAR = ("cifar10", "cifar100")
 NOISY = re.compile(r"noisy(\d{1,3})?-(.+)")  # percent of the training labels, and the name of the data without noise
 LABEL_NOISE = 40  # percent, where the name has no number
 
@@ -64,7 +64,7 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
         return load_mnist1d() if name == "mnist1d" else load_digits()
     if name.startswith("fashion-mnist"):
         return load_fashion_mnist(name, root)
-    splits = read(CIFAR[name], folder(name, root))
+    splits = cifar(name, folder(name, root))
     mean, std = (s[:, None, None] for s in colours(splits[0][0]))
     return tuple(
         (torch.from_numpy(((x / np.float32(255) - mean) / std).astype(np.float32)), torch.from_numpy(y))
@@ -114,6 +114,22 @@ def load_fashion_mnist(name: str, root: str | Path | None) -> tuple[Split, Split
     return ((x - mean) / std, y.long()), ((x_test - mean) / std, y_test.long())
 
 
+def cifar(name: str, root: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, test): uint8 images (N, 3, 32, 32) and their labels (N). torchvision unpacks and checks the files."""
+    torchvision = import_torchvision()
+    kind = getattr(torchvision.datasets, name.upper())
+    packed = torchvision.datasets.utils.check_integrity(root / kind.filename, kind.tgz_md5)
+    try:  # with a whole archive, download only unpacks it
+        splits = [kind(root, train, download=packed) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        reason = f" ({error})" if isinstance(error, OSError) else ""
+        raise DataError(
+            f"no {name} in {root}, or it is damaged{reason}: there must be {kind.filename}, or the folder "
+            f"{kind.base_folder} that it unpacks to"
+        ) from error
+    return [(split.data.transpose(0, 3, 1, 2).copy(), np.array(split.targets)) for split in splits]
+
+
 def load_digits() -> tuple[Split, Split]:
     try:
         from sklearn import datasets
@@ -146,7 +162,7 @@ def images(name: str, root: str | Path | None = None) -> Images:
     if name == "imagenet":
         return imagenet(folder(name, root))
     if name in CIFAR:
-        splits = read(CIFAR[name], folder(name, root))
+        splits = cifar(name, folder(name, root))
         v2 = import_torchvision().transforms.v2
         last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*(s.tolist() for s in colours(splits[0][0])))]
         augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]

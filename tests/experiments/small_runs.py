@@ -1,11 +1,12 @@
 """What the tests of experiments share: small CIFAR archives, small runs, their files, and processes."""
 
 import csv
-import io
+import hashlib
 import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,6 @@ import torch
 from torch.utils.data import Subset
 
 from experiments import commands, data, sweep
-from experiments.cifar import CIFAR
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process, so that bits can be compared
@@ -27,47 +27,33 @@ TINY_VIT += ["--width-multiplier", "0.0625", "--base-width-multiplier", "0.0625"
 TINY_RESNET = ["--width-multiplier", "0.0625", "--base-width-multiplier", "0.03125"]  # 4 channels, base 2
 
 
-def cifar_parts(name, images=20, scale=1):
+def cifar_parts(name, images=20):
     """(pixels, labels) of each file of a small CIFAR; the last one is the test's."""
-    random, classes = np.random.default_rng(0), CIFAR[name].classes
-    labels = np.arange(images) * scale % classes
-    return [(random.integers(0, 256, (images, 3072), dtype=np.uint8), labels) for _ in CIFAR[name].files]
+    random, classes, files = np.random.default_rng(0), data.FACTS[name].classes, 6 if name == "cifar10" else 2
+    labels = np.arange(images) * (classes // 20 or 1) % classes
+    return [(random.integers(0, 256, (images, 3072), dtype=np.uint8), labels) for _ in range(files)]
 
 
-def cifar_files(name, version, parts=None):
-    """File name -> content."""
-    kind, ending = CIFAR[name], ".bin" if version == "binary" else ""
-    parts = parts or cifar_parts(name)
-    return {file + ending: file_of(kind, version, x, y) for file, (x, y) in zip(kind.files, parts)}
-
-
-def file_of(kind, version, x, y):
-    if version == "binary":
-        coarse = [np.full(len(y), 7)] * (kind.label_bytes - 1)  # the labels of the 20 classes of CIFAR-100
-        return np.hstack([np.stack([*coarse, y], 1).astype(np.uint8), x]).tobytes()
-    batch = {
-        b"data": x,
-        kind.labels.encode(): y.tolist(),
-        b"coarse_labels": [7] * len(y),
-        b"filenames": [b"a.png"] * len(y),
-    }
-    return pickle.dumps(batch, protocol=2)
-
-
-def store(root, name, version, files, packed=True):
-    """The archive or the unpacked folder."""
-    archive, folder = CIFAR[name].archive(version), CIFAR[name].folders[version]
-    if not packed:
-        (root / folder).mkdir()
-        for file, content in files.items():
-            (root / folder / file).write_bytes(content)
-        return root / folder
-    with tarfile.open(root / archive, "w:gz") as tar:
-        for file, content in files.items():
-            info = tarfile.TarInfo(f"{folder}/{file}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return root / archive
+def store_cifar(monkeypatch, root, name, images=20, packed=True):
+    """The archive or the unpacked folder of a small CIFAR, which torchvision takes for the whole one."""
+    kind = getattr(data.import_torchvision().datasets, name.upper())
+    names = [file for file, _ in kind.train_list + kind.test_list]
+    key = "labels" if name == "cifar10" else "fine_labels"
+    batches = [{"data": x, key: y.tolist()} for x, y in cifar_parts(name, images)]
+    contents = dict(zip([*names, kind.meta["filename"]], map(pickle.dumps, [*batches, {kind.meta["key"]: []}])))
+    md5 = {file: hashlib.md5(content).hexdigest() for file, content in contents.items()}
+    monkeypatch.setattr(kind, "train_list", [(file, md5[file]) for file, _ in kind.train_list])
+    monkeypatch.setattr(kind, "test_list", [(file, md5[file]) for file, _ in kind.test_list])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5[kind.meta["filename"]]})
+    folder = root / kind.base_folder
+    folder.mkdir()
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    if packed:
+        with tarfile.open(root / kind.filename, "w:gz") as tar:
+            tar.add(folder, kind.base_folder)
+        shutil.rmtree(folder)
+        monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((root / kind.filename).read_bytes()).hexdigest())
 
 
 def image_folder(root):

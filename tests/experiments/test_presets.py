@@ -128,7 +128,7 @@ def test_variants_and_backends_are_what_they_are_called():
     "flags, message",
     [
         ("--preset resnet18-cifar10", "error: cifar10 is not part of this repository: pass --root"),
-        ("--preset resnet18-cifar10 --root {tmp}/nowhere", "error: no CIFAR-10 in"),
+        ("--preset resnet18-cifar10 --root {tmp}/nowhere", "error: no cifar10 in"),
         ("--preset vit-s16-imagenet --root {tmp}", "error: no ImageNet in"),
         ("--preset vit-mnist1d --patch 1 3", "error: an image of 1 x 40 pixels cannot be cut into patches of 1 x 3"),
         ("--out {tmp}/file", "error: cannot write"),

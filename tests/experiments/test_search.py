@@ -121,6 +121,6 @@ def test_search_errors(tmp_path, capsys, monkeypatch):
     assert "must be positive and grow" in refusal(capsys, search.main, "--rho-range", "1", "0.1")
     command = ["--preset", "resnet18-cifar10", "--root", str(tmp_path), "--out", str(tmp_path)]
     if search.optuna:
-        assert "error: no CIFAR-10 in" in refusal(capsys, search.main, *command)
+        assert "error: no cifar10 in" in refusal(capsys, search.main, *command)
     monkeypatch.setattr(search, "optuna", None)
     assert "pip install optuna" in refusal(capsys, search.main, *command)

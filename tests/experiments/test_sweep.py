@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from small_runs import ROOT, cifar_files, refusal, store, sweep_rows, without_processes
+from small_runs import ROOT, refusal, store_cifar, sweep_rows, without_processes
 
 from experiments import demo, sweep, transfer
 from experiments.sweep import Place, Run
@@ -122,13 +122,13 @@ def few_digits(name, root, device):
 
 def test_transfer_on_cifar10_and_errors(tmp_path, capsys, monkeypatch):
     without_processes(monkeypatch)
-    store(tmp_path, "cifar10", "python", cifar_files("cifar10", "python"))
+    store_cifar(monkeypatch, tmp_path, "cifar10")
     command = ["--data", "cifar10", "--out", str(tmp_path), "--epochs", "1", "--methods", "muP²"]
     monkeypatch.setattr(sweep, "train", interrupted_after(2))
     assert transfer.main([*command, "--widths", "8", "--root", str(tmp_path)]) == 130
     rows = sweep_rows(tmp_path / "transfer_mnist1d_cifar10.jsonl")
     assert [(row["data"], row["width"], row["finished"]) for row in rows] == [("cifar10", 8, 1)] * 2
-    assert "error: no CIFAR-10 in" in refusal(capsys, transfer.main, *command, "--root", str(tmp_path / "nowhere"))
+    assert "error: no cifar10 in" in refusal(capsys, transfer.main, *command, "--root", str(tmp_path / "nowhere"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no GPU" in refusal(capsys, transfer.main, "--device", "cuda", "--out", str(tmp_path))
     assert "--graph takes --device cuda" in refusal(capsys, transfer.main, "--graph")

@@ -13,31 +13,28 @@ from small_runs import (
     TINY_RESNET,
     TINY_VIT,
     checkpoint,
-    cifar_files,
-    cifar_parts,
     equal,
     image_folder,
     metrics,
     only_folder,
     refusal,
     result_of,
-    store,
+    store_cifar,
     use_few_samples,
 )
 
 import mup2_fused as mup2
 from experiments import data, networks, vision
-from experiments.cifar import CIFAR
 from experiments.presets import PRESETS, VARIANTS
 from experiments.vision_run import stream
 
 
-def small(preset, root):
+def small(preset, root, monkeypatch):
     """Flags, and data where they are not part of the repository, for an epoch of seconds."""
     flags = ["--preset", preset, "--epochs", "1", "--warmup-epochs", "0", "--workers", "0", "--width-multiplier"]
     name = PRESETS[preset]["data"]
-    if name in CIFAR:
-        store(root, name, "python", cifar_files(name, "python", cifar_parts(name, 10)))
+    if name in data.CIFAR:
+        store_cifar(monkeypatch, root, name, 10)
     if name == "imagenet":
         image_folder(root)
     return flags + {
@@ -50,9 +47,9 @@ def small(preset, root):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_trains_to_its_end(tmp_path, preset, capsys):
+def test_every_preset_trains_to_its_end(tmp_path, preset, capsys, monkeypatch):
     out = tmp_path / "runs"
-    flags = [*small(preset, tmp_path), "--root", str(tmp_path), "--out", str(out), "--device", "cpu"]
+    flags = [*small(preset, tmp_path, monkeypatch), "--root", str(tmp_path), "--out", str(out), "--device", "cpu"]
     assert vision.main(flags) == 0
     printed = capsys.readouterr().out
     folder, result = only_folder(out), result_of(out)
@@ -153,7 +150,7 @@ def test_a_finished_run_prints_its_result_and_does_nothing(tmp_path, capsys, mon
 
 def test_interrupted_and_resumed_in_every_file(tmp_path, capsys, monkeypatch):
     """Ctrl-C in the third epoch; augmentation in this process, warmup, and fp16, for the scaler."""
-    store(tmp_path, "cifar100", "python", cifar_files("cifar100", "python"))
+    store_cifar(monkeypatch, tmp_path, "cifar100")
     flags = ["--preset", "vit-s4-cifar100", "--depth", "1", "--width-multiplier", "0.0625", "--amp", "fp16"]
     flags += ["--epochs", "4", "--warmup-epochs", "1", "--lr", "0.01", "--workers", "0", "--batch-size", "10"]
     flags += ["--device", "cpu", "--root", str(tmp_path), "--out"]
@@ -204,12 +201,12 @@ def test_damaged_files_of_a_run(tmp_path, capsys, monkeypatch):
     assert vision.main(command) == 0 and result_of(tmp_path) == json.loads(whole[only_folder(tmp_path) / "result.json"])
 
 
-def test_a_damaged_image_ends_the_run_with_its_name(tmp_path, capsys):
+def test_a_damaged_image_ends_the_run_with_its_name(tmp_path, capsys, monkeypatch):
     """In a process that reads data, too, whose errors arrive with a traceback."""
     broken = image_folder(tmp_path) / "val" / "bee" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     for workers in ("0", "1"):
-        flags = [*small("vit-s16-imagenet", tmp_path / workers), "--workers", workers, "--device", "cpu"]
+        flags = [*small("vit-s16-imagenet", tmp_path / workers, monkeypatch), "--workers", workers, "--device", "cpu"]
         said = refusal(capsys, vision.main, *flags, "--root", str(tmp_path), "--out", str(tmp_path / "runs"))
         assert said.splitlines()[-1].startswith(f"error: cannot read {broken} (") and "Traceback" not in said
 
