@@ -135,7 +135,7 @@ class Transfer:
 
     def choosing(self, width: int) -> tuple[int, ...]:
         """The seeds by which the best point of a width is chosen."""
-        return (*CHOOSING, *MORE) if width in self.setting.widths[:2] else (*CHOOSING,)
+        return (*CHOOSING, *MORE) if width in self.setting.widths[:-1][:2] else (*CHOOSING,)
 
     def search_at(self, width: int, starts: dict[str, Point], seeds: Sequence[int]) -> dict[str, Point]:
         def known(method: str, point: Point) -> float | None:
@@ -147,8 +147,10 @@ class Transfer:
         return best_points(starts, moves, known, lambda pairs: self.train(pairs, width, seeds, "search"))
 
     def report_at(self, width: int) -> None:
-        """Train what is reported of a width."""
+        """Train what is reported of a width; of a single one only the best points."""
         best, narrow = self.best[width], list(self.best.values())[:2]
+        if len(self.setting.widths) == 1:
+            return self.train(best.items(), width, self.reported, "report")
         pairs = [*best.items(), *((m, found[m]) for m, found in itertools.product(self.methods, narrow))]
         radii = [*range(-AROUND, 0), *range(1, AROUND + 1)]
         pairs += [(m, best[m].moved((0, step))) for m, step in itertools.product(self.methods, radii)]
