@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_problems import equal
 from torch import nn
 
 import mup2_fused
@@ -20,7 +21,6 @@ THREE = {
     "torch": partial(mup2_fused.SAM, backend="torch"),
     "compiled": partial(mup2_fused.SAM, backend="compiled"),
 }
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.005)),
     "momentum": (torch.optim.SGD, dict(lr=0.005, momentum=0.9, weight_decay=0.1)),
@@ -38,18 +38,18 @@ def variant(request):
     return request.param
 
 
-def optimizers(device, dtype, variant, base=torch.optim.SGD, kinds=tuple(THREE), **kwargs):
+def optimizers(device, dtype, variant, base, **kwargs):
     """name -> (its parameters, its optimizer); two perturbed groups with factors of their own, and one that is not."""
     start = [(0.3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype) for shape in SHAPES]
     made = {}
-    for kind in kinds:
+    for kind, make in THREE.items():
         params = [nn.Parameter(w.clone()) for w in start]
         groups = [
             {"params": params[:2], "rho": 0.2, "lr": 2 * kwargs["lr"]},
             {"params": params[2:4] + params[5:], "gradnorm_scaling": 3.0},
             {"params": params[4:5], "perturb": False},
         ]
-        made[kind] = params, THREE[kind](groups, base, rho=0.1, variant=variant, **kwargs)
+        made[kind] = params, make(groups, base, rho=0.1, variant=variant, **kwargs)
     return made
 
 
@@ -71,42 +71,6 @@ def backward(params, step=0):
         params[step % len(params)].grad = None
 
 
-def bits(tensors):
-    return [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in tensors]
-
-
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(bits(xs), bits(ys), strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_first_step_and_restore(device, dtype, variant):
-    """w + e, and the weights after the second step at learning rate 0."""
-    made = optimizers(device, dtype, variant, lr=0.0)
-    before = [p.detach().clone() for p in made["reference"][0]]
-    set_gradients(made)
-    triples = [
-        (p, p.grad, group["gradnorm_scaling"])
-        for group in made["reference"][1].param_groups
-        if group["perturb"]
-        for p in group["params"]
-    ]
-    norm = mup2_ref.joint_norm(triples, variant).item()
-    for _, opt in made.values():
-        opt.first_step()
-    assert made["compiled"][1].passes.norms()[0] == pytest.approx(norm, rel=1e-12)
-    reference = made["reference"][0]
-    assert not same(reference, before)
-    assert same(made["torch"][0], reference)
-    if dtype == torch.float64:  # the kernels sum the norm in another order, which shows in float64's last digits only
-        torch.testing.assert_close(made["compiled"][0], reference, rtol=1e-14, atol=1e-15)
-    else:
-        assert same(made["compiled"][0], reference)
-    for kind, (params, opt) in made.items():
-        opt.second_step()
-        assert same(params, before), kind
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parameters_without_dimensions(device, dtype, variant):
     """Torch computes with numbers of no dimension in wider types than with tensors."""
@@ -117,8 +81,8 @@ def test_parameters_without_dimensions(device, dtype, variant):
     set_gradients(made)
     for _, opt in made.values():
         opt.first_step()
-    assert all(same(params, made["reference"][0]) for params, _ in made.values())
-    assert not same(made["reference"][0], start)
+    assert all(equal(params, made["reference"][0]) for params, _ in made.values())
+    assert not equal(made["reference"][0], start)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -139,9 +103,9 @@ def test_twenty_steps(device, dtype, variant, base):
             backward(params, step)
             opt.second_step()
     results = {kind: [p.detach() for p in params] + moments(params, opt) for kind, (params, opt) in made.items()}
-    assert same(results["torch"], results["reference"]), "the torch backend has the reference's operations"
+    assert equal(results["torch"], results["reference"]), "the torch backend has the reference's operations"
     if base in ("sgd", "momentum", "nesterov", "rmsprop") and dtype == torch.float32 and device == "cpu":
-        assert same(results["compiled"], results["reference"])
+        assert equal(results["compiled"], results["reference"])
     error, bound = error_and_bound(results["compiled"], results["reference"], results["float64"], steps=20)
     assert error <= max(bound, 1e-13)
 
@@ -205,26 +169,8 @@ def test_mup2_training_of_an_mlp(device, base_optimizer):
         losses = [opt.step(closure).item() for _ in range(10)]
         assert losses[-1] < losses[0]
         trained[name] = [p.detach() for p in model.parameters()]
-    assert same(trained["torch"], trained["reference"])
+    assert equal(trained["torch"], trained["reference"])
     for p, q in zip(trained["compiled"], trained["reference"]):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     if base_optimizer == "sgd" and device == "cpu":
-        assert same(trained["compiled"], trained["reference"])
-
-
-@pytest.mark.parametrize("kind", THREE)
-@pytest.mark.parametrize("adaptive, variant", [(False, "sam"), (True, "elementwise")])
-def test_plain_sam_is_that_of_pytorch_optimizer(kind, adaptive, variant):
-    peer = pytest.importorskip("pytorch_optimizer", reason="pip install pytorch_optimizer to compare with its SAM")
-    mine = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((5, 3), (7,), (2, 3, 4))]
-    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
-    ours = THREE[kind](mine, torch.optim.SGD, rho=0.05, variant=variant, lr=0.01, momentum=0.9)
-    other = peer.SAM(theirs, torch.optim.SGD, rho=0.05, adaptive=adaptive, lr=0.01, momentum=0.9)
-    for _ in range(5):
-        for params, opt in ((mine, ours), (theirs, other)):
-            backward(params)
-            opt.first_step()
-            backward(params)
-            opt.second_step()
-    for p, q in zip(mine, theirs):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # the peer's norm is in float32
+        assert equal(trained["compiled"], trained["reference"])

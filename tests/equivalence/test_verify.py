@@ -22,7 +22,9 @@ def test_every_row_passes(device, dtype):
             for row in rows:
                 assert row.passed, row
                 same_order = dtype == torch.float32 and base == "sgd" and mup2_fused.instruction_set != "baseline"
-                if row.backend == "torch" or (same_order and device == "cpu" and row.check != "norm"):
+                exact = row.backend == "torch" or (same_order and device == "cpu" and row.check != "norm")
+                # Another order in the norm's sum shows in the last digits of a perturbation in float64 only.
+                if exact or (row.check == "perturbation" and dtype != torch.float64):
                     assert row.error == 0, f"not equal to the reference bit for bit: {row}"
 
 

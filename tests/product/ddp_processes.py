@@ -1,10 +1,16 @@
-"""Run by test_processes.py in several processes: SAM with DistributedDataParallel, against one process on all data."""
+"""Run by test_processes.py in several processes: SAM with DistributedDataParallel, against one process on all data.
+
+And what other scripts need to start processes and to compare them.
+"""
 
 import copy
+import os
+import sys
 from contextlib import nullcontext
 from functools import partial
 
 import torch
+import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
 import torch.distributed as dist
 from small_problems import assert_close, equal, weights
 from torch import nn
@@ -14,6 +20,23 @@ import mup2_fused as mup2
 from mup2_fused import MLP, accumulate
 
 STEPS, PER_RANK = 5, 8
+
+
+def launch(*checks):
+    """Run the checks in two processes, one after the other. Each gets the folder that the command line names."""
+    torch.set_num_threads(1)
+    torch.multiprocessing.start_processes(run, (sys.argv[1], checks), nprocs=2, start_method="fork")
+
+
+def run(rank, folder, checks):
+    """What torch.distributed.run would set up, but after the imports."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
+    os.environ |= {key: str(value) for key, value in launched.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/processes", rank=rank, world_size=2)
+    for check in checks:
+        check(folder)
+    dist.destroy_process_group()
 
 
 def same_everywhere(tensors):

@@ -3,13 +3,10 @@
 Ends with 0 if all assertions hold in both.
 """
 
-import os
-import sys
+from functools import partial
 
 import torch
-import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
-import torch.distributed as dist
-from ddp_processes import same_everywhere
+from ddp_processes import launch, same_everywhere
 from small_problems import assert_close
 from test_frameworks import (
     ACCELERATE,
@@ -50,7 +47,7 @@ def check(space, reference):
     assert_close(weights(space), reference)
 
 
-def check_lightning(kind, pieces, clip):
+def check_lightning(_, kind="Lit", pieces=32, clip=None):
     """Samples go to the processes in turn; Lightning's own sampler would shuffle them."""
     space = problem()
     loader = DataLoader(space["samples"], BATCH // 2, sampler=DistributedSampler(space["samples"], shuffle=False))
@@ -58,10 +55,10 @@ def check_lightning(kind, pieces, clip):
     lit = space[kind](space["model"], space["groups"])
     trainer(devices=2, strategy="ddp", use_distributed_sampler=False).fit(lit, loader)
     assert lit.trainer.world_size == 2 and lit.trainer.global_step == EPOCHS * 2
-    check(space, expected(clip=1.0 if clip else None))
+    check(space, expected(clip=clip))
 
 
-def check_accelerate():
+def check_accelerate(_):
     """Accelerate deals batches to processes in turn; its scheduler steps once per process."""
     fresh_accelerator()
     space = problem()
@@ -71,18 +68,5 @@ def check_accelerate():
     check(space, expected(epochs=1, every="batch", steps=2, T_max=4, clip=1.0))
 
 
-def run(rank, folder):
-    """What torch.distributed.run would set up, but after the imports."""
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
-    os.environ |= {key: str(value) for key, value in launched.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/processes", rank=rank, world_size=2)
-    check_lightning("Lit", pieces=32, clip=False)
-    check_lightning("LitPieces", pieces=8, clip=True)
-    check_accelerate()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.multiprocessing.start_processes(run, (sys.argv[1],), nprocs=2, start_method="fork")
+    launch(check_lightning, partial(check_lightning, kind="LitPieces", pieces=8, clip=1.0), check_accelerate)

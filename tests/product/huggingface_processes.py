@@ -3,15 +3,10 @@
 Ends with 0 if all assertions hold in both.
 """
 
-import os
-import sys
-from pathlib import Path
+from functools import partial
 
-import torch
-import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from ddp_processes import same_everywhere
+from ddp_processes import launch, same_everywhere
 from huggingface_problems import BASE, WAYS, SAMTrainer, config, llama, plain, samples, trainer_of
 from small_problems import assert_close, weights
 
@@ -53,18 +48,5 @@ def check_refused(folder):
         raise AssertionError("FSDP is not refused")
 
 
-def run(rank, folder):
-    """What torch.distributed.run would set up, but after the imports."""
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
-    os.environ |= {key: str(value) for key, value in launched.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/processes", rank=rank, world_size=2)
-    for i, way in enumerate(WAYS):
-        check(way, Path(folder) / str(i))
-    check_refused(folder)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.multiprocessing.start_processes(run, (sys.argv[1],), nprocs=2, start_method="fork")
+    launch(*(partial(check, way) for way in WAYS), check_refused)

@@ -1,4 +1,4 @@
-"""Parameters, gradients and losses for the tests of the product."""
+"""Parameters, gradients, losses, steps and modules that several tests take, also tests outside of this folder."""
 
 import torch
 from torch import nn
@@ -6,6 +6,12 @@ from torch import nn
 VARIANTS = ("sam", "elementwise", "layerwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BASES = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
+WAYS = [  # options of steps with less than two passes
+    dict(interval=3, momentum=0.9),
+    dict(ascent="momentum", momentum=0.9),
+    dict(interval=2, base_optimizer=torch.optim.AdamW),
+    dict(ascent="momentum", base_optimizer=torch.optim.AdamW),
+]
 
 
 def parameters(dtype=torch.float32, shapes=((5, 3), (7,), (2, 3, 4))):
@@ -57,14 +63,31 @@ def quadratic(params):
     return sum(((p - 0.3) ** 4).sum() + p.sin().sum() for p in params)
 
 
-def closure_of(opt, params, loss=quadratic):
+def closure_of(opt, params, loss=quadratic, zero=True):
+    """zero=False: it adds to the gradients that are there."""
+
     def closure():
-        opt.zero_grad()
+        if zero:
+            opt.zero_grad()
         value = loss(params)
         value.backward()
         return value.detach()
 
     return closure
+
+
+def step_by(form, opt, closure):
+    """One step; returns the first loss. form: "bare" for an optimizer without SAM, "closure" or "two steps"."""
+    if form == "closure":
+        return opt.step(closure)
+    loss = closure()
+    if form == "two steps":
+        opt.first_step()
+        closure()
+        opt.second_step()
+    else:
+        opt.step()
+    return loss
 
 
 def train_closure(opt, model, x, y):
@@ -81,3 +104,25 @@ def backward(model, x, y):
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
     return loss.detach()
+
+
+class Raw(nn.Module):
+    """A tensor of which no module tells what it is."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(shape))
+
+
+class Tied(nn.Module):
+    """An embedding that is the readout, too."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(500, n), nn.Linear(n, 500, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def by_name(groups):
+    """name of a parameter -> its group"""
+    return {name: group for group in groups for name in group["names"]}

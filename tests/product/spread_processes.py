@@ -17,7 +17,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._dynamo  # before the process group: imported later, it keeps gloo's threads alive at exit
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ddp_processes import check_data_parallel

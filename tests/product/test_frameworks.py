@@ -112,10 +112,6 @@ def weights(space):
     return [p.detach().clone() for p in getattr(model, "module", model).parameters()]
 
 
-def learning_rates(optimizer):
-    return [group["lr"] for group in optimizer.param_groups]
-
-
 def same_state(a, b):
     """Of two state_dicts: momenta, moments and step counts, to the bit, and groups."""
     torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)

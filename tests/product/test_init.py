@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from small_problems import Tied
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
@@ -22,13 +23,6 @@ class Raw(nn.Module):
         self.first, self.head = nn.Linear(20, n), nn.Linear(n, 10)
         for name, shape in parameters.items():
             setattr(self, name, nn.Parameter(torch.ones(shape)))
-
-
-class Tied(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(500, n), nn.Linear(n, 500, bias=False)
-        self.head.weight = self.embed.weight
 
 
 def weights(model):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from small_problems import closure_of
+from small_problems import by_name, closure_of
 from torch import nn
 
 import mup2_fused
@@ -159,13 +159,13 @@ def test_other_peoples_models(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no role is assumed
         groups = param_groups(model, base, lr=0.05, rho=0.02)
-    by_name = {n: g for g in groups for n in g["names"]}
-    role = {n: g["role"] for n, g in by_name.items()}
+    found = by_name(groups)
+    role = {n: g["role"] for n, g in found.items()}
     assert role.keys() == before.keys()
     assert {n for n, r in role.items() if r == "output"} == m.output
     assert {role[n] for n in m.hidden} <= {"hidden"} and {role[n] for n in m.input} == {"input"}
-    assert all(by_name[n]["rho"] == pytest.approx(0.02 / M) for n in m.output)
-    assert all(by_name[n]["gradnorm_scaling"] == pytest.approx(M**0.5) for n in m.input)
+    assert all(found[n]["rho"] == pytest.approx(0.02 / M) for n in m.output)
+    assert all(found[n]["gradnorm_scaling"] == pytest.approx(M**0.5) for n in m.input)
     fan_in = {n: before[n].shape[1] for n in m.output}
     for n, p in model.named_parameters():
         if n in m.output:

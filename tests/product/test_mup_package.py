@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_problems import assert_close, equal, train_closure
+from small_problems import assert_close, by_name, equal, train_closure
 from torch import nn
 
 from experiments import networks
@@ -211,7 +211,7 @@ class Raw(nn.Module):
 
 def test_raw_parameters_mean_what_they_mean_to_mup():
     model = mup.set_base_shapes(Raw(WIDE), Raw(BASE), delta=Raw(2 * BASE, 2 * BASE))
-    groups = {n: g for g in param_groups(model, lr=1.0, rho=1.0, roles={"up.weight": "input"}) for n in g["names"]}
+    groups = by_name(param_groups(model, lr=1.0, rho=1.0, roles={"up.weight": "input"}))
     assert (groups["table"]["rho"], groups["matrix"]["rho"]) == (M, 1)
     assert groups["side"]["rho"] == 1 / M, "its rows are a width that is at its base"
     rates = {p: g["lr"] for g in mup.MuSGD(model.parameters(), lr=1.0).param_groups for p in g["params"]}

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from small_problems import Raw, Tied, by_name
 from torch import nn
 
 from mup2_fused import MLP, SAM, exponents, init_, param_groups, predict, report
@@ -24,10 +25,6 @@ INPUT, HIDDEN, OUTPUT, FINITE = (
 )
 
 
-def by_name(groups):
-    return {name: g for g in groups for name in g["names"]}
-
-
 def factors(model, base, scaling=MUP2, **kwargs):
     """name -> (role, factor of lr, factor of rho, gradnorm_scaling)"""
     groups = by_name(param_groups(model, base, scaling, lr=1.0, rho=1.0, **kwargs))
@@ -38,12 +35,6 @@ def pair(build):
     """(model, base model), without values."""
     with torch.device("meta"):
         return build(WIDE), build(BASE)
-
-
-class Raw(nn.Module):
-    def __init__(self, *shape):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(shape))
 
 
 class Block(nn.Module):
@@ -145,13 +136,6 @@ def test_wrong_words():
         factors(model, base, roles={"weight": "readout"})
     with pytest.raises(ValueError, match="role of 'bias' .* and roles says 'hidden'"):
         factors(model, base, roles={"bias": "hidden"})
-
-
-class Tied(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(11, n), nn.Linear(n, 11, bias=False)
-        self.head.weight = self.embed.weight
 
 
 def test_tied_weights_need_a_word():

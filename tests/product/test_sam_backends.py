@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_problems import assert_close, equal, parameters, set_gradients, train_closure, two_steps, weights
+from small_problems import WAYS, assert_close, equal, parameters, set_gradients, train_closure, two_steps, weights
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -36,17 +36,21 @@ def test_the_backend_that_was_asked_for_runs():
         two_steps(opt, params)
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_sgd_and_adam_need_no_operations_of_torch(base):
+BASES = [dict(base_optimizer=base) for base in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)]
+
+
+@pytest.mark.parametrize("way", [*BASES, *WAYS], ids=str)
+def test_sgd_and_adam_need_no_operations_of_torch(way):
     params = parameters()
-    opt = mup2.SAM(params, base, lr=0.1, skip_nonfinite=True, backend="compiled")
+    opt = mup2.SAM(params, lr=0.1, skip_nonfinite=True, backend="compiled", **way)
     before = weights(params)
     unused = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("climb", "restore", "descend")}
     with mock.patch.multiple(torch_passes, **unused):
         set_gradients(params)
         opt.first_step()
         opt.restore()
-        two_steps(opt, params)
+        for _ in range(4):  # of every kind that the way has
+            two_steps(opt, params)
     assert not equal(params, before)
 
 

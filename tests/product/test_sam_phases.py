@@ -1,4 +1,4 @@
-"""Calls in any order, bad arguments, errors in the middle, closures, schedulers, hooks and options."""
+"""Calls in any order, bad arguments, errors in the middle, closures, schedulers and options."""
 
 import copy
 import math
@@ -202,7 +202,8 @@ def test_the_variant_comes_from_groups_or_argument(SAM):
     assert SAM([adaptive(), {"params": params[1:], "variant": "elementwise"}]).variant == "elementwise"
     assert SAM([adaptive(), {"params": params[1:]}], variant="elementwise").variant == "elementwise"
     assert SAM(params).variant == "sam" and SAM(params, variant="layerwise").variant == "layerwise"
-    for groups, variant in (([adaptive()], "sam"), ([adaptive(), {"params": params[1:]}], None)):
+    two = [adaptive(), {"params": params[1:]}]
+    for groups, variant in (([adaptive()], "sam"), (two, None), (two[::-1], None)):
         with pytest.raises(ValueError, match="different variants of SAM, 'elementwise' and 'sam'"):
             SAM(groups, variant=variant)
     opt = SAM(params[1:])
@@ -250,28 +251,6 @@ def test_schedulers_without_warnings(SAM, kind, kwargs, two_step):
     assert equal(params, before), "the base optimizer must use the learning rate of opt.param_groups"
 
 
-def test_hooks_and_changed_steps_of_the_base_optimizer_are_called(SAM):
-    class Mine(torch.optim.SGD):
-        def step(self, closure=None):
-            calls.append("mine")
-            return super().step(closure)
-
-    params, calls = parameters(), []
-    opt = SAM(params, Mine, rho=0.1, lr=0.1)
-    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
-    opt.register_step_post_hook(lambda *_: calls.append("post"))
-    opt.step(closure_of(opt, params))
-    two_steps(opt, params)
-    assert calls == ["pre", "mine", "post"] * 2
-    opt = SAM(params, rho=0.1, lr=0.1)
-    hook = opt.base_optimizer.register_step_pre_hook(lambda *_: calls.append("base"))
-    two_steps(opt, params)
-    hook.remove()
-    opt.base_optimizer.step = lambda: calls.append("patched")
-    two_steps(opt, params)
-    assert calls[6:] == ["base", "patched"]
-
-
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_options_of_the_base_optimizer_pass_through(SAM, base):
     mine = parameters()
@@ -305,16 +284,6 @@ def test_replaced_state_is_used(SAM):
     two_steps(opt, params)
     assert (before[1] - params[1] > 8.0).all()
     torch.testing.assert_close(params[2].detach(), before[2] - 0.1 * params[2].grad)
-
-
-def test_gradients_that_are_lazily_negated(SAM):
-    w = nn.Parameter(torch.zeros(3))
-    w.grad = torch._neg_view(torch.ones(3))
-    opt = SAM([w], rho=1.0, lr=0.1)
-    opt.first_step()
-    assert (w < 0).all()
-    opt.second_step()
-    assert torch.allclose(w, torch.full((3,), 0.1))
 
 
 @pytest.mark.parametrize("same", [False, True])

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from small_problems import Raw
 from torch import nn
 
 from experiments.data import import_torchvision
@@ -21,12 +22,6 @@ hf = pytest.importorskip("transformers")
 
 BASE, WIDE, M = 8, 32, 4
 ADAM = exponents(base_optimizer="adam")
-
-
-class Raw(nn.Module):
-    def __init__(self, *shape):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(shape))
 
 
 def factors(model, base, roles=None):

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_problems import assert_close, equal, twins, weights
+from small_problems import assert_close, closure_of, equal, step_by, twins, weights
 from test_base_optimizers import TORCH
 from torch import nn
 
@@ -61,25 +61,9 @@ def loss_of(params):
 
 
 def train(opt, params, form, steps=3, loss=loss_of, schedulers=()):
-    """form: "bare", "closure" or "two steps"."""
-
-    def closure():
-        opt.zero_grad()
-        value = loss(params)
-        value.backward()
-        return value.detach()
-
+    """form: of step_by."""
     for _ in range(steps):
-        if form == "closure":
-            value = opt.step(closure)
-        elif form == "two steps":
-            value = closure()
-            opt.first_step()
-            closure()
-            opt.second_step()
-        else:
-            value = closure()
-            opt.step()
+        value = step_by(form, opt, closure_of(opt, params, loss))
         for scheduler in schedulers:
             scheduler.step(*[value] * isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau))
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from small_problems import by_name
 from torch import nn
 
 import mup2_fused
@@ -22,10 +23,6 @@ def net(width, hidden=None):
             "output": nn.Linear(hidden, 5),
         }
     )
-
-
-def by_name(groups):
-    return {name: group for group in groups for name in group["names"]}
 
 
 INPUT = ("embedding.weight", "conv.weight", "conv.bias", "norm.weight", "norm.bias", "hidden.bias")

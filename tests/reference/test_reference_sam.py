@@ -10,25 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_problems import closure_of, parameters
 from torch import nn
 
 import mup2_ref
 
 FILE = Path(mup2_ref.__file__)
-
-
-def parameters(dtype=torch.float32):
-    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in ((5, 3), (7,), (2, 3, 4))]
-
-
-def closure_of(opt, params):
-    def closure():
-        opt.zero_grad()
-        loss = sum(((p - 0.3) ** 4).sum() + p.sin().sum() for p in params)
-        loss.backward()
-        return loss
-
-    return closure
 
 
 def numpy_step(weights, variant, rhos, scalings, perturbed):
@@ -191,17 +178,6 @@ def test_schedulers_and_checkpoints_see_one_optimizer():
     assert all(torch.equal(p, q) for p, q in zip(params, copies))
     opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert opt.base_optimizer.param_groups[1]["rho"] == 0.1 and opt.param_groups[1]["lr"] == 0.1
-
-
-def test_rho_0_is_the_base_optimizer_bit_for_bit():
-    for base, kwargs in ((torch.optim.SGD, dict(lr=0.01, momentum=0.9)), (torch.optim.Adam, dict(lr=0.1))):
-        params = parameters()
-        copies = [nn.Parameter(p.detach().clone()) for p in params]
-        opt, plain = mup2_ref.SAM(params, base, rho=0.0, **kwargs), base(copies, **kwargs)
-        for _ in range(5):
-            opt.step(closure_of(opt, params))
-            plain.step(closure_of(plain, copies))
-        assert all(torch.equal(p, q) for p, q in zip(params, copies))
 
 
 def test_the_demonstration_shows_what_theory_predicts(capsys):
