@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import step_time
 from benchmarks.subjects import MODELS, count
-from experiments.commands import write_json
+from experiments.commands import markdown, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GB_PER_S = 600
@@ -100,16 +100,11 @@ def floors() -> list[dict]:
 
 
 def markdown_table(result: dict) -> str:
-    lines = ["| kernel | dtype | bytes per parameter | registers | blocks | occupancy |", "|---|---|---|---|---|---|"]
-    for r in result["kernels"]:
-        cells = r["kernel"], r["dtype"], r["bytes per parameter"], r["registers"], r["blocks"], f"{r['occupancy']:.0%}"
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    head = ["kernel", "dtype", "bytes per parameter", "registers", "blocks"]
+    kernels = [[*(r[key] for key in head), f"{r['occupancy']:.0%}"] for r in result["kernels"]]
     columns = list(result["floors"][0])[2:]
-    lines += ["", f"| model | parameters | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
-    for r in result["floors"]:
-        cells = [r["model"], f"{r['params'] / 1e6:.3g} M", *(f"{r[c]:.3g} ms" for c in columns)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    times = [[r["model"], f"{r['params'] / 1e6:.3g} M", *(f"{r[c]:.3g} ms" for c in columns)] for r in result["floors"]]
+    return f"{markdown([*head, 'occupancy'], kernels)}\n\n{markdown(['model', 'parameters', *columns], times)}"
 
 
 def main() -> None:

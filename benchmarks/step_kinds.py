@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.step_time import BASES, WARMUP, cpu_clock, cuda_clock, machine
 from benchmarks.subjects import MODELS, OURS, count, from_package
-from experiments.commands import write_json
+from experiments.commands import markdown, write_json
 
 FUSED = "fused base optimizer"
 KINDS: dict[str, dict[str, Any]] = {
@@ -71,12 +71,12 @@ def rows(model: str, base: str, args: argparse.Namespace, clock: Callable) -> li
 
 
 def markdown_table(result: dict[str, Any]) -> str:
-    lines = ["| model | parameters | base | kind of step | bytes | ms | of the fused base optimizer | over the floor |"]
-    lines.append("| --- " * 8 + "|")
+    head = ["model", "parameters", "base", "kind of step", "bytes", "ms"]
+    lines = []
     for r in result["rows"]:
         cells = [r["model"], f"{r['params'] / 1e6:.3g} M", r["base"], r["kind"], r["bytes"], f"{r['ms']:.3g}"]
-        lines.append(f"| {' | '.join(map(str, cells))} | {r['ratio']:.2f} | {r['over_floor']:.2f} |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{r['ratio']:.2f}", f"{r['over_floor']:.2f}"])
+    return markdown([*head, "of the fused base optimizer", "over the floor"], lines)
 
 
 def main() -> None:

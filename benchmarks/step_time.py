@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.subjects import IMPLEMENTATIONS, MODELS, OURS, count
-from experiments.commands import write_json
+from experiments.commands import markdown, write_json
 
 RHO, SEED = 0.05, 0
 WARMUP = 3  # steps of each implementation that are not timed, and then rounds whose times are not used
@@ -193,13 +193,13 @@ def markdown_table(result: dict) -> str:
     """One line per model, dtype and base optimizer: milliseconds of first_step() + second_step()."""
     names = [name for name in IMPLEMENTATIONS if any(r["implementation"] == name for r in result["rows"])]
     head = ["model", "parameters", "dtype", "base", *names, "best alternative / ours", "ours / floor"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for key, case in itertools.groupby(result["rows"], lambda r: (r["model"], r["params"], r["dtype"], r["base"])):
         rows = {r["implementation"]: r for r in case}
         ms = [f"{rows[name]['sum_ms']:.3g}" if name in rows else "-" for name in names]
         peer = min((r["speedup"] for name, r in rows.items() if name != OURS), default=float("nan"))
         lines.append([key[0], f"{key[1] / 1e6:.3g} M", *key[2:], *ms, f"{peer:.2f}", f"{rows[OURS]['ratio']:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, lines)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

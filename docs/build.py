@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import a10g, step_kinds, step_time
 from experiments import demo, epoch_time_tables, frontier, frontier_report, frontier_transfer, sweep, transfer_report
-from experiments.transfer_report import markdown
+from experiments.commands import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"

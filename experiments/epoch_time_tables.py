@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from experiments.commands import markdown
+
 WAYS = {  # of taking a training step
     "base": "base optimizer",
     "reference": "SAM, reference",
@@ -24,24 +26,22 @@ def ratio(way: dict[str, Any], base: dict[str, Any]) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Seconds of one epoch. SAM is the compiled one where it is built."""
-    lines = ["| model | width multiplier | parameters | batch | base optimizer | SAM | SAM / base |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    head = ["model", "width multiplier", "parameters", "batch", "base optimizer", "SAM", "SAM / base"]
+    lines = []
     for r in rows:
         base, sam = r["ways"]["base"], r["ways"].get("fused") or r["ways"]["reference"]
         epochs = [
             three_digits(r["steps_per_epoch"] * way["step"]) if "step" in way else problem(way) for way in (base, sam)
         ]
-        lines.append(
-            f"| {r['preset']} | {r['width_multiplier']:g} | {r['parameters'] / 1e6:.3g} M | {r['batch_size']} "
-            f"| {epochs[0]} | {epochs[1]} | {ratio(sam, base)} |"
-        )
-    return "\n".join(lines)
+        sizes = [f"{r['width_multiplier']:g}", f"{r['parameters'] / 1e6:.3g} M", r["batch_size"]]
+        lines.append([r["preset"], *sizes, *epochs, ratio(sam, base)])
+    return markdown(head, lines)
 
 
 def format_steps(rows: list[dict[str, Any]]) -> str:
     """A line for each way to take a training step. in SAM: the part of the step in SAM's own two calls."""
-    lines = ["| model | width | batch | precision | training step | ms | steps/s | / base | in SAM | peak GiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    head = ["model", "width", "batch", "precision", "training step", "ms", "steps/s", "/ base", "in SAM", "peak GiB"]
+    lines = []
     for r in rows:
         precision = "fp32" if r["amp"] == "none" else r["amp"]
         for name, way in r["ways"].items():
@@ -52,6 +52,5 @@ def format_steps(rows: list[dict[str, Any]]) -> str:
                 cells += [ratio(way, r["ways"]["base"]), share, memory]
             else:
                 cells = [problem(way), *"----"]
-            cells = [r["preset"], f"{r['width']}", f"{r['batch_size']}", precision, WAYS[name], *cells]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([r["preset"], r["width"], r["batch_size"], precision, WAYS[name], *cells])
+    return markdown(head, lines)

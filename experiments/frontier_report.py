@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import figures
+from experiments.commands import markdown
 from experiments.sweep import WAYS
 
 Row = dict[str, Any]  # as Frontier.rows() makes it
@@ -63,19 +64,15 @@ def kept(row: Row) -> str:
 
 def format_table(rows: list[Row], wide: int) -> str:
     """Markdown. wide: the width of the second column of times."""
-    times = f"time | time at width {wide}"
-    lines = [
-        f"| | passes per step | {times} | lr | rho | accuracy % (± standard error) | of SAM's gain |",
-        "|---" * 8 + "|",
-    ]
+    head = ["", "passes per step", "time", f"time at width {wide}", "lr", "rho", "accuracy % (± standard error)"]
+    lines = []
     for r in in_order(rows):
         error = "" if r["error"] is None else f" ± {r['error']:.2f}"
         accuracy = f"{r['accuracy']:.2f}{error} ({r['seeds']})"
-        rho, times = f"{r['rho']:.3g}" if r["rho"] else "", f"{r['time']:.2f} | {r['wide_time']:.2f}"
-        lines.append(
-            f"| {title(r['way'])} | {r['passes']:.2f} | {times} | {r['lr']:g} | {rho} | {accuracy} | {kept(r)} |"
-        )
-    return "\n".join(lines)
+        numbers = [f"{r[key]:.2f}" for key in ("passes", "time", "wide_time")]
+        rho = f"{r['rho']:.3g}" if r["rho"] else ""
+        lines.append([title(r["way"]), *numbers, f"{r['lr']:g}", rho, accuracy, kept(r)])
+    return markdown([*head, "of SAM's gain"], lines)
 
 
 def format_summary(settings: dict[str, list[Row]], chosen: tuple[str, ...] = ()) -> str:
@@ -83,13 +80,13 @@ def format_summary(settings: dict[str, list[Row]], chosen: tuple[str, ...] = ())
 
     settings: the rows by the setting's title. chosen: the ways; default all.
     """
-    lines = [f"| | passes per step | {' | '.join(settings)} |", "|---" * (2 + len(settings)) + "|"]
+    lines = []
     ways = {row["way"]: row for rows in settings.values() for row in rows if not chosen or row["way"] in chosen}
     by_way = [{row["way"]: row for row in rows} for rows in settings.values()]
     for way, any_row in sorted(ways.items(), key=lambda item: (item[1]["passes"], [*ALONE, *WAYS].index(item[0]))):
         cells = [summary_cell(rows[way]) if way in rows else "" for rows in by_way]
-        lines.append(f"| {title(way)} | {any_row['passes']:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([title(way), f"{any_row['passes']:.2f}", *cells])
+    return markdown(["", "passes per step", *settings], lines)
 
 
 def what_to_see(rows: list[Row]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.climb import Point
-from experiments.commands import DataError, at_least, command, read_json, start, write_json
+from experiments.commands import DataError, at_least, command, markdown, read_json, start, write_json
 from experiments.frontier import DECIDING, SETTINGS, Frontier, reported
 from experiments.sweep import METHODS, WAYS, add_place
 from experiments.training import check_device
@@ -84,16 +84,14 @@ def rows(args: argparse.Namespace, method: str) -> list[dict[str, Any]]:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    narrow = min(row["width"] for row in rows)
-    head = f"| | | width | best rho | accuracy % | with the best rho of width {narrow} | regret (± standard error) |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    narrow, lines = min(row["width"] for row in rows), []
+    head = ["", "", "width", "best rho", "accuracy %", f"with the best rho of width {narrow}"]
     for r in sorted(rows, key=lambda r: ([*WAYS].index(r["way"]), [*METHODS].index(r["method"]) * -1, r["width"])):
         error = "" if r["error"] is None else f" ± {r['error']:.1f}"
-        accuracies = f"{r['accuracy']:.1f} | {r['kept_accuracy']:.1f}"
+        accuracies = [f"{r[key]:.1f}" for key in ("accuracy", "kept_accuracy")]
         regret = f"{r['regret']:.1f}{error} ({r['seeds']})" if r["width"] > narrow else ""
-        names = f"{WAYS[r['way']].title} | {r['method']}"
-        lines.append(f"| {names} | {r['width']} | {r['rho']:.3g} | {accuracies} | {regret} |")
-    return "\n".join(lines)
+        lines.append([WAYS[r["way"]].title, r["method"], r["width"], f"{r['rho']:.3g}", *accuracies, regret])
+    return markdown([*head, "regret (± standard error)"], lines)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
+from experiments.commands import markdown
 from experiments.sweep import NETWORKS
 
 Row = dict[str, Any]
@@ -69,10 +70,6 @@ def span(best: float, among: list[float]) -> str:
 
 def plus_minus(pair: tuple[float, float], sign: str = "") -> str:
     return f"{pair[0]:{sign}.1f} ± {pair[1]:.1f}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def format_table(rows: list[Row]) -> str:
