@@ -7,6 +7,7 @@ A row has the accuracies of one method at one width, as lists over the reported 
 import itertools
 import math
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,12 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     seeds = len(rows[0]["accuracies"])
-    figure.suptitle(
-        f"{NETWORKS[setting.network].title}, {DATA.get(setting.data, setting.data)}, {setting.epochs} epochs\n"
-        f"above: accuracy % at width {wide}, and the way of the optimum from width {narrow} to {wide}\nbelow: accuracy "
-        f"over rho at each width's best learning rate, mean and standard deviation of {seeds} seeds"
-    )
+    title = [
+        f"{NETWORKS[setting.network].title}, {DATA.get(setting.data, setting.data)}, {setting.epochs} epochs",
+        f"above: accuracy % at width {wide}, and the way of the optimum from width {narrow} to {wide}",
+        f"below: accuracy over rho at each width's best learning rate, mean and standard deviation of {seeds} seeds",
+    ]
+    figure.suptitle("\n".join(textwrap.fill(line, round(9 * size[0])) for line in title))
     figure.savefig(path)
     plt.close(figure)
 

@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import statistics
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from docs import build
 from docs.build import PAGES, RESULTS, ROOT
 from experiments import demo, sweep, transfer_report
+from experiments.transfer import TWO
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 
@@ -211,6 +213,27 @@ def test_sentences_about_mnist1d():
     powers = [transfer_report.power_of_the_width(some) for some in found]
     assert_said("falls as width^{:.2f}", powers[0])
     assert powers[1] > 0
+
+
+def test_sentences_about_the_resnet():
+    rows, accuracy = transfer("resnet")
+    gains = {key: transfer_report.gain(row)[0] for key, row in rows.items()}
+    assert gains["muP²", 4] < 0
+    assert_said("gains {:.1f} points in the standard parameterization and {:.1f} with", *(gains[m, 32] for m in TWO))
+    for method in TWO:
+        lost, error = transfer_report.regret(rows[method, 32], 8)
+        assert abs(lost) < error
+    lost = {method: transfer_report.regret(rows[method, 32], 4) for method in TWO}
+    assert_said("Width 4's loses {:.1f} ± {:.1f} points with muP²", *lost["muP²"])
+    assert lost["SP-naive"][0] == 0
+    assert_said(
+        "At width 8 muP² reaches {:.1f} points more than plain SAM", accuracy["muP²", 8] - accuracy["SP-naive", 8]
+    )
+    assert_said("the difference, {:.1f} points", accuracy["muP²", 32] - accuracy["SP-naive", 32])
+    deviations = [statistics.stdev(row["accuracies"]) for row in rows.values()]
+    assert_said("scatter by {:.1f} points between seeds", max(deviations))
+    powers = [transfer_report.power_of_the_width(transfer_report.of([*rows.values()], method)) for method in TWO]
+    assert all(abs(power) < 0.1 for power in powers)
 
 
 def test_sentences_about_the_picture_of_the_readme():
