@@ -143,7 +143,7 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     """A column per method: above lr and rho with the way of the optimum, below accuracy over rho at the best lr."""
     plt = figures.pyplot()
     names = methods(rows)
-    size = (3.2 * len(names) + 0.6, 7.4)
+    size = (max(9.0, 3.2 * len(names) + 0.6), 7.4)
     figure, axes = plt.subplots(2, len(names), figsize=size, squeeze=False, layout="constrained", height_ratios=[1, 1])
     narrow, wide = widths(rows)[0], widths(rows)[-1]
     for (top, bottom), method in zip(axes.T, names):
