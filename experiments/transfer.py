@@ -74,7 +74,7 @@ SETTINGS = {
     "fashion": Setting("mlp-base-64", "noisy30-fashion-mnist-1k", (64, 128, 256, 512, 1024), 60, 0.005, 0.1778),
     "resnet": Setting("resnet-28", "noisy30-fashion-mnist-1k", (4, 8, 32), 30, 0.05, 0.1778, TWO),
     "vit": Setting("vit-28", "noisy30-fashion-mnist-1k", (16, 32, 128), 40, 0.005, 0.1, TWO),
-    "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 30, 0.05, 0.1778, (*TWO, *VARIANTS)),
+    "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 30, 0.2, 0.1778, (*TWO, *VARIANTS)),
 }
 # Where the search begins, as multiples of plain SAM's rho: where widths enter absolutely, and for the variants of SAM.
 FACTORS = {"muP-naive": 0.1, "SP-LP": 0.3162}
