@@ -236,6 +236,14 @@ def test_sentences_about_the_resnet():
     assert all(abs(power) < 0.1 for power in powers)
 
 
+def test_the_readme_says_where_plain_sam_loses_less():
+    assert "plain SAM loses nothing and muP² 1 to 2 points" in TEXT["README.md"]
+    for name, narrow, wide in (("mnist1d", 64, 256), ("resnet", 4, 32)):
+        rows, _ = transfer(name)
+        plain, mup2 = (transfer_report.regret(rows[method, wide], narrow)[0] for method in TWO)
+        assert plain == 0 and 1 < mup2 < 2
+
+
 def test_sentences_about_the_picture_of_the_readme():
     found = build.demo_runs()
     grid = sorted(found["muP²"].points[1024])
