@@ -142,6 +142,22 @@ def test_the_variants_table(command, tmp_path, capsys):
     assert {line.split(" | ", 1)[1] for line in lines[3:]} == {"95.5 ± 0.5 (+5.0 ± 0.0) | 95.5 ± 0.5 (+5.0 ± 0.0) |"}
 
 
+def test_a_search_with_two_starts_takes_the_better_end(command, tmp_path, monkeypatch):
+    """Between lr 0.2, where the first search begins, and the better optimum at 0.05 lies a valley at 0.1."""
+    formula = by_formula(lambda method, width: 0.1)
+
+    def train(run, place):
+        row = formula(run, place)
+        row["last"] += 20 if run.lr == 0.05 and run.method == "muP²" else 0
+        return row
+
+    monkeypatch.setattr(sweep, "train", train)
+    two = ["--settings", "table2", "--widths", "8", "--methods", *transfer.TWO, "--out", str(tmp_path)]
+    assert transfer.main(two) == 0
+    rows = json.loads((tmp_path / "transfer_table2.json").read_text())["rows"]
+    assert [(row["method"], row["lr"], row["rho"]) for row in rows] == [("SP-naive", 0.2, 0.1), ("muP²", 0.05, 0.1)]
+
+
 def test_too_few_seeds_are_refused(capsys):
     assert "argument --seeds" in refusal(capsys, transfer.main, "--seeds", "1")
 
