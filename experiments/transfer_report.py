@@ -75,7 +75,7 @@ def plus_minus(pair: tuple[float, float], sign: str = "") -> str:
 
 def format_table(rows: list[Row]) -> str:
     """Markdown. ± is a standard error; in brackets are values that the search cannot tell from the best one."""
-    narrow = widths(rows)[:2]
+    narrow = [width for width in widths(rows)[:2] if width < widths(rows)[-1]]
     head = ["", "width", "best lr", "best rho", "accuracy %", "without SAM", "gain"]
     head += [f"regret of width {w}'s" for w in narrow]
     lines = []
@@ -117,15 +117,17 @@ def format_summary(results: dict[str, list[Row]]) -> str:
 def format_variants(rows: list[Row]) -> str:
     """Markdown in the layout of the paper's Table 2, from the rows of one width: accuracy, and gain over SGD."""
     found = {row["method"]: row for row in rows}
-    head = ["", *(TITLES.get(name, name) for name in ("SP-naive", "muP²"))]
-    without = [plus_minus(mean_error(found[name]["alone"])) for name in ("SP-naive", "muP²")]
-    lines = [["without SAM", *without]]
-    for title, suffix in (("SAM", ""), *((name, f" {name}") for name in ("SAM-ON", "elementwise", "layerwise"))):
-        pair = [found[name + suffix] for name in ("SP-naive", "muP²")]
-        lines.append(
-            [title, *(f"{plus_minus(mean_error(r['accuracies']))} ({plus_minus(gain(r), '+')})" for r in pair)]
-        )
-    return markdown(head, lines)
+    lines = [["without SAM"]]
+    for row in (found["SP-naive"], found["muP²"]):
+        lines[0] += [plus_minus(mean_error(row["alone"])), f"{row['alone_lr']:.3g}"]
+    for name in ("SAM", "SAM-ON", "elementwise", "layerwise"):
+        cells = [name]
+        for method in ("SP-naive", "muP²"):
+            row = found[method if name == "SAM" else f"{method} {name}"]
+            accuracy, over = plus_minus(mean_error(row["accuracies"])), plus_minus(gain(row), "+")
+            cells += [f"{accuracy} ({over})", f"{row['lr']:.3g}, {row['rho']:.3g}"]
+        lines.append(cells)
+    return markdown(["", "SP", "lr, rho", "muP²", "lr, rho"], lines)
 
 
 def what_to_see(rows: list[Row]) -> str:

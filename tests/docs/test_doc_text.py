@@ -236,6 +236,22 @@ def test_sentences_about_the_resnet():
     assert all(abs(power) < 0.1 for power in powers)
 
 
+def test_sentences_about_the_variants():
+    found = {row["method"]: row["accuracies"] for row in build.transfer_rows("table2")}
+    assert {len(values) for values in found.values()} == {12}
+    more = lambda a, b: transfer_report.mean_error([x - y for x, y in zip(found[a], found[b])])
+    over_sp = {v: more(f"muP²{v}", f"SP-naive{v}") for v in ("", " SAM-ON", " elementwise", " layerwise")}
+    assert_said("{:.1f} ± {:.1f} points more than SP with SAM and {:.1f}", *over_sp[""], over_sp[" SAM-ON"][0])
+    assert_said("and {:.1f} ± {:.1f} points more with SAM-ON", *over_sp[" SAM-ON"])
+    assert all(abs(mean) < error for mean, error in (over_sp[" elementwise"], over_sp[" layerwise"]))
+    over_sam = {method: more(method, method.partition(" ")[0]) for method in found if " " in method}
+    in_sp = [over_sam[f"SP-naive {variant}"][0] for variant in ("elementwise", "layerwise")]
+    assert_said("{:.1f} and {:.1f} points more than SAM", *in_sp)
+    assert all(abs(mean) < 2 * error for method, (mean, error) in over_sam.items() if "muP²" in method)
+    assert max(found, key=lambda method: statistics.fmean(found[method])) == "muP² SAM-ON"
+    assert_said("SAM-ON reaches the most, {:.1f} %", statistics.fmean(found["muP² SAM-ON"]))
+
+
 def test_the_readme_says_where_plain_sam_loses_less():
     assert "plain SAM loses nothing and muP² 1 to 2 points" in TEXT["README.md"]
     for name, narrow, wide in (("mnist1d", 64, 256), ("resnet", 4, 32)):

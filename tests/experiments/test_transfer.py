@@ -133,13 +133,15 @@ def test_reported_seeds_are_not_those_of_the_search(command, tmp_path, monkeypat
 def test_the_variants_table(command, tmp_path, capsys):
     """One width, at which every variant has the same accuracy by the formula."""
     assert transfer.main(["--settings", "table2", "--widths", "8", "--seeds", "2", "--out", str(tmp_path)]) == 0
-    assert "At width 8, SP-naive reaches the most: 95.5 ± 0.5 %." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "At width 8, SP-naive reaches the most: 95.5 ± 0.5 %." in printed and "regret" not in printed
     assert not (tmp_path / "transfer_table2.png").exists()
     rows = json.loads((tmp_path / "transfer_table2.json").read_text())["rows"]
     lines = transfer_report.format_variants(rows).splitlines()
-    assert lines[2] == "| without SAM | 90.5 ± 0.5 | 90.5 ± 0.5 |"
+    assert lines[2] == "| without SAM | 90.5 ± 0.5 | 0.2 | 90.5 ± 0.5 | 0.2 |"
     assert [line.split(" | ")[0] for line in lines[3:]] == ["| SAM", "| SAM-ON", "| elementwise", "| layerwise"]
-    assert {line.split(" | ", 1)[1] for line in lines[3:]} == {"95.5 ± 0.5 (+5.0 ± 0.0) | 95.5 ± 0.5 (+5.0 ± 0.0) |"}
+    cells = "95.5 ± 0.5 (+5.0 ± 0.0) | 0.2, 0.1"
+    assert {line.split(" | ", 1)[1] for line in lines[3:]} == {f"{cells} | {cells} |"}
 
 
 def test_a_search_with_two_starts_takes_the_better_end(command, tmp_path, monkeypatch):
