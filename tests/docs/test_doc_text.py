@@ -236,6 +236,26 @@ def test_sentences_about_the_resnet():
     assert all(abs(power) < 0.1 for power in powers)
 
 
+def test_sentences_about_the_vit():
+    rows, accuracy = transfer("vit")
+    plain, mup2 = rows["SP-naive", 128], rows["muP²", 128]
+    assert_said("SAM gains {:.1f} points at width 16", transfer_report.gain(rows["muP²", 16])[0])
+    assert_said("falls to {:.1f} ± {:.1f} points at width 128", *transfer_report.gain(mup2))
+    lost = (*transfer_report.regret(mup2, 16), *transfer_report.regret(plain, 16))
+    assert_said("loses {:.1f} ± {:.1f} points with muP² and {:.1f} ± {:.1f} with plain SAM", *lost)
+    assert_said("cannot tell the learning rates from {:.3g} to {:.3g} apart", *plain["lrs"])
+    assert_said("They prefer {:.3g}; on the reported seeds", plain["lr"])
+    assert_said("(lr, rho), {:.3g} and {:.3g}, is", *(rows["SP-naive", 32][key] for key in ("lr", "rho")))
+    loss, error = transfer_report.regret(plain, 32)
+    assert_said("is {:.1f} ± {:.1f} points better", -loss, error)
+    more = transfer_report.mean_error([a - b for a, b in zip(mup2["accuracies"], plain["kept"]["32"])])
+    assert_said("muP² reaches {:.1f} %, {:.1f} ± {:.1f} points more than plain SAM with", accuracy["muP²", 128], *more)
+    factors = [rows[method, 16]["alone_lr"] / rows[method, 128]["alone_lr"] for method in TWO]
+    assert_said("falls by a factor of {:.0f} in SP and of {:.0f} in muP", *factors)
+    powers = [transfer_report.power_of_the_width(transfer_report.of([*rows.values()], m)) for m in reversed(TWO)]
+    assert_said("moves as width^{:.2f}, that of plain SAM as width^{:.2f}", *powers)
+
+
 def test_sentences_about_the_variants():
     found = {row["method"]: row["accuracies"] for row in build.transfer_rows("table2")}
     assert {len(values) for values in found.values()} == {12}
