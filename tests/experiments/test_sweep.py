@@ -93,8 +93,9 @@ def test_the_committed_runs_are_finished(tmp_path, monkeypatch, capsys):
         if not (path := RESULTS / f"transfer_{name}.json").exists():
             continue
         committed = json.loads(path.read_text())
-        widths = map(str, committed["setting"]["widths"])
-        assert transfer.main(["--settings", name, "--widths", *widths, "--out", str(tmp_path)]) == 0
+        widths, seeds = committed["setting"]["widths"], len(committed["rows"][0]["accuracies"])
+        flags = ["--widths", *map(str, widths), "--seeds", f"{seeds}", "--out", str(tmp_path)]
+        assert transfer.main(["--settings", name, *flags]) == 0
         assert json.loads((tmp_path / path.name).read_text()) == committed
     assert demo.main(["--methods", "SP-naive", "muP-naive", "muP²", "--out", str(tmp_path)]) == 0
     assert "plain SAM moves by a factor of 3.2 (0.1 to 0.32)" in capsys.readouterr().out
