@@ -75,9 +75,16 @@ def first_moment(ascent: str, interval: int, base: torch.optim.Optimizer) -> str
         raise ValueError("ascent='momentum' takes one pass in every step already: leave out interval")
     if isinstance(base, (torch.optim.Adam, torch.optim.AdamW)):
         return "exp_avg"
-    if isinstance(base, torch.optim.SGD) and all(group["momentum"] for group in base.param_groups):
+    if isinstance(base, torch.optim.SGD):
+        check_momentum(base.param_groups)
         return "momentum_buffer"
     raise ValueError(f"ascent='momentum' needs SGD with momentum, Adam or AdamW, not {type(base).__name__}")
+
+
+def check_momentum(groups: list[dict[str, Any]]) -> None:
+    """ValueError if one of SGD's groups has no momentum, against which SAM is to climb."""
+    if not all(group["momentum"] for group in groups):
+        raise ValueError("ascent='momentum' needs SGD with momentum in every group: give SAM momentum=0.9 or the like")
 
 
 def check_factors(group: dict[str, Any]) -> None:

@@ -59,8 +59,12 @@ def capture(
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in static]:
             expected = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in static)
             raise ValueError(f"the captured step takes {expected}: run the uncaptured one for other batches")
-        if any(group["lr"] is not lr for group, lr in zip(optimizer.param_groups, lrs)):
-            raise RuntimeError("learning rates have been replaced, by load_state_dict() or by hand: capture again")
+        groups = optimizer.param_groups
+        if len(groups) != len(lrs) or any(group["lr"] is not lr for group, lr in zip(groups, lrs)):
+            raise RuntimeError(
+                "groups have been added, or learning rates replaced by load_state_dict() or by hand: capture again"
+            )
+        optimizer.require_restored("the captured step")
         for target, x in zip(static, inputs):
             target.copy_(x, non_blocking=True)
         graph, outputs = graphs[0 if optimizer.climbs else 1]

@@ -10,6 +10,7 @@ from weakref import ref
 
 from torch import Tensor
 
+from mup2_fused.arguments import check_momentum
 from mup2_fused.sharded import Groups
 
 Seen = list[tuple[Any, Any, int]]  # (parameter, reference to its gradient, its version)
@@ -37,7 +38,12 @@ class Guard:
         self.rates |= {id(group["params"][0]): group["lr"] for group in made if is_number(group["lr"])}
 
     def before_climb(self, optimizer: Any) -> None:
-        """RuntimeError if another SAM has perturbed some of these weights: this one would take its w + e for w."""
+        """RuntimeError if another SAM has perturbed some of these weights: this one would take its w + e for w.
+
+        ValueError if a group has lost the momentum, against which it would have to climb.
+        """
+        if optimizer.moment == "momentum_buffer":
+            check_momentum(optimizer.param_groups)
         if len(optimizers) == 1:
             return
         others: list[Any] = [other() for other in list(optimizers.values())]
@@ -63,7 +69,7 @@ class Guard:
             return []
         params = [group["params"] for group in groups]
         ends = with_gradient(p for ps in params for p in ps), with_gradient(p for ps in params[::-1] for p in ps[::-1])
-        counted = [p for p in ends if p is not None and not p.grad.is_inference()]  # torch counts its changes
+        counted = [p for p in ends if p is not None and changes_are_counted(p.grad)]
         return [(p, ref(p.grad), p.grad._version) for p in counted]
 
     def after_closure(self, before: Seen, result: Any) -> None:
@@ -155,6 +161,13 @@ def outside() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mup2_fused", "torch"):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def changes_are_counted(g: Tensor) -> bool:
+    """Whether this gradient's version says what a pass did to it. A view's does not: DistributedDataParallel can keep
+    gradients in views of its buckets, which it changes in every pass.
+    """
+    return not g.is_inference() and not g._is_view()
 
 
 def is_number(x: Any) -> bool:

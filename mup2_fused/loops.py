@@ -65,7 +65,10 @@ def accumulate(
     """
     micro_batches = [(x, y) for x, y in micro_batches if len(y)]  # the mean over no samples is not a number
     if not micro_batches:
-        raise ValueError("no micro-batches, or only empty ones: give accumulate() at least one sample")
+        raise ValueError(
+            "no micro-batches, or only empty ones: give accumulate() at least one sample, and a list rather than an "
+            "iterator, which the first pass uses up"
+        )
     samples = sum(len(y) for _, y in micro_batches)
     total: Any = 0.0
     for i, (x, y) in enumerate(micro_batches, 1):
@@ -136,12 +139,15 @@ def passes(optimizer: Any, backward: Callable[[], Any], ascent: Callable[[], Any
 
     backward: a pass over the batch. ascent: the pass before SAM climbs.
     """
+    random = random_states(optimizer.param_groups) if optimizer.same_randomness else []
     try:
         if optimizer.moments:
             optimizer.first_step()
             return backward()
         loss = ascent() if optimizer.climbs else backward()
         if optimizer.first_step():
+            for set_state, state in random:
+                set_state(state)
             backward()
         return loss
     except BaseException:
@@ -153,7 +159,10 @@ def passes(optimizer: Any, backward: Callable[[], Any], ascent: Callable[[], Any
 def evaluate(
     model: nn.Module, batches: Batches, autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> Tensor:
-    """(cross entropy, correct predictions, samples), each summed over all samples, as one tensor on the device."""
+    """(cross entropy, correct predictions, samples), each summed over all samples, as one tensor on the device.
+
+    The model is in eval mode afterwards.
+    """
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     model.eval()

@@ -48,8 +48,9 @@ class SAM(Saving):
     ascent: "gradient", or "momentum": e = -rho_l T² v_l / norm, where v is the base optimizer's first moment and takes
     the place of g in the norm (Becker et al. 2024). No first pass is needed then. In the first step e is 0.
     backend: "compiled" uses the kernels, "torch" torch's operations, "auto" the kernels where they can be used.
-    skip_nonfinite: also skip updates whose second gradient is not finite; this check reads all gradients once more.
-    same_randomness: step(closure) gives both passes the same random numbers, and so the same dropout masks.
+    skip_nonfinite: also skip updates whose own gradient is not finite, that of the second or only pass. This check
+    reads all gradients once more.
+    same_randomness: step(closure) and train_epoch() give both passes the same random numbers, as for dropout masks.
 
     Call step(closure), or first_step() after one backward pass and second_step() after another. If the gradient of the
     first pass is not finite, nothing is perturbed, and the update is skipped and counted in skipped_steps. Weights are

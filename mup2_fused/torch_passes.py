@@ -64,7 +64,8 @@ def climb(phase: Phase, groups: Groups, variant: str, process_group: Any = None,
     norm = norm_of([(p, g, group["gradnorm_scaling"]) for p, g, group in perturbed], variant)
     broken = ~norm.isfinite()
     if process_group is not None:  # without gradients the norm is on the CPU, but NCCL takes tensors on the GPU only
-        broken = in_any_process(broken.to(groups[0]["params"][0].device), process_group)
+        device = next((p.device for group in groups for p in group["params"]), broken.device)
+        broken = in_any_process(broken.to(device), process_group)
     phase.finite = not broken
     phase.backups = [(p, p.detach().clone()) for p, _, _ in perturbed]
     try:

@@ -146,7 +146,9 @@ class Study:
         rows = judge(m, self.pairs, self.counterpart.scaling)
         if not any(row.values["update"] for row in rows if row.name != WHOLE):
             hint = "" if self.own_init else "; if its output must not start at zero, use own_init (--own-init)"
-            raise ValueError(f"no parameter has a gradient: the model learns nothing from this loss{hint}")
+            raise ValueError(
+                f"no parameter has a gradient or a learning rate: the model learns nothing from this loss{hint}"
+            )
         if any(row.wrong for row in rows[:-1]):  # the network's output follows
             rows[-1] = rows[-1]._replace(wrong=(), advice=())
         if self.groups is None:

@@ -47,12 +47,16 @@ def same_everywhere(tensors):
 
 
 def check_synchronized(SAM, **ddp):
-    """Averaged gradients in all passes: one process on the joined batch, in float64."""
+    """Averaged gradients in all passes: one process on the joined batch, in float64.
+
+    In a bucket of its own a gradient stays the same tensor in all passes, and each changes it once.
+    """
     torch.manual_seed(0)
     alone = MLP(5, 16, 3).double()
     model = DistributedDataParallel(copy.deepcopy(alone), **ddp)
     a, b = (SAM(m.parameters(), lr=0.1, rho=0.2, momentum=0.9) for m in (model, alone))
     world, rank = dist.get_world_size(), dist.get_rank()
+    at_once = ddp.keys() & {"static_graph", "bucket_cap_mb"}
     for _ in range(STEPS):
         x, y = torch.randn(world * PER_RANK, 5).double(), torch.randint(3, (world * PER_RANK,))
         mine = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
@@ -60,7 +64,7 @@ def check_synchronized(SAM, **ddp):
 
             def closure():
                 opt.zero_grad()
-                return accumulate(m, [batch] if ddp.get("static_graph") else [*zip(*(t.split(3) for t in batch))])
+                return accumulate(m, [batch] if at_once else [*zip(*(t.split(3) for t in batch))])
 
             opt.step(closure)
     assert same_everywhere(model.parameters())
@@ -132,7 +136,7 @@ def check_no_gradient_in_one(SAM):
     rank = dist.get_rank()
     for value, skipped in ((1.0, 0), (torch.nan, 1)):
         w = nn.Parameter(torch.ones(3))
-        opt = SAM([w], lr=0.1, rho=0.2)
+        opt = SAM([{"params": []}, {"params": [w]}], lr=0.1, rho=0.2)
         w.grad = torch.full_like(w, value) if rank == 0 else None
         opt.first_step(process_group=dist.group.WORLD)
         assert (w[0] > 1) == (rank == 0 and not skipped)
@@ -143,7 +147,8 @@ def check_no_gradient_in_one(SAM):
 
 def check_data_parallel(backend):
     SAM = partial(mup2.SAM, backend=backend)
-    for ddp in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+    views = {"gradient_as_bucket_view": True}
+    for ddp in ({}, views, views | {"bucket_cap_mb": 1e-5}, {"static_graph": True}):
         check_synchronized(SAM, **ddp)
     for way in (dict(interval=3), dict(ascent="momentum")):
         check_synchronized(partial(SAM, **way))

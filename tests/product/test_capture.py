@@ -131,7 +131,7 @@ def test_a_step_that_fails_while_it_is_captured_leaves_nothing_behind(fails_in):
 
 
 def test_a_captured_step_refuses_what_it_does_not_read():
-    """Other shapes, and learning rates that were replaced. A copied optimizer can be captured."""
+    """Other shapes, weights that are perturbed, and other groups or learning rates. A copied optimizer is captured."""
     model, x, y = problem()
     model, opt = copy.deepcopy((model, SAM(model.parameters(), lr=0.1, rho=0.1)))
     before = tensors(model, opt)
@@ -141,8 +141,16 @@ def test_a_captured_step_refuses_what_it_does_not_read():
     assert not torch.equal(tensors(model, opt)[0], before[0])
     with pytest.raises(ValueError, match=r"takes \(12, 5\) torch.float32, \(12,\) torch.int64"):
         replay(x[0, :7], y[0, :7])
+    backward(model, x[0], y[0])
+    with opt.perturbed(), pytest.raises(RuntimeError, match="before the captured step"):
+        replay(x[0], y[0])
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    with pytest.raises(RuntimeError, match="groups have been added.*capture again"):
+        replay(x[0], y[0])
+    del opt.param_groups[1:]
+    replay(x[0], y[0])
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    with pytest.raises(RuntimeError, match="capture again"):
+    with pytest.raises(RuntimeError, match="learning rates replaced.*capture again"):
         replay(x[0], y[0])
 
 

@@ -271,7 +271,7 @@ def test_captured_steps(device, way):
 def test_what_cannot_be_combined(SAM):
     params = parameters()
     for kwargs, words in (
-        (dict(ascent="momentum"), "needs SGD with momentum, Adam or AdamW, not SGD"),
+        (dict(ascent="momentum"), "needs SGD with momentum in every group"),
         (dict(ascent="momentum", base_optimizer=torch.optim.RMSprop), "not RMSprop"),
         (dict(ascent="momentum", momentum=0.9, interval=2), "leave out interval"),
         (dict(ascent="moment", momentum=0.9), "unknown name 'moment'"),
@@ -284,6 +284,9 @@ def test_what_cannot_be_combined(SAM):
     before = weights(params)
     with pytest.raises(RuntimeError, match="leave out ascent_closure"):
         opt.step(closure_of(opt, params), closure_of(opt, params))
+    opt.param_groups[0]["momentum"] = 0.0  # as load_state_dict of another SGD would do
+    with pytest.raises(ValueError, match="needs SGD with momentum in every group"):
+        opt.step(closure_of(opt, params))
     assert equal(params, before)
     model, x, y = classification(mup2.MLP(5, 8, 3))
     for wrong, samples in ((torch.optim.SGD(model.parameters()), 2), (SAM(model.parameters(), lr=0.1), 0)):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from experiments import networks
 from mup2_fused import MLP, SAM, exponents, init_, param_groups
-from mup2_fused.check import WHOLE, check, command, measure
+from mup2_fused.check import WHOLE, check, command, data, measure
 from mup2_fused.check.counterpart import Counterpart, settings_of
 from mup2_fused.check.measure import effect
 
@@ -236,6 +236,23 @@ def test_a_tied_output_does_not_start_at_zero():
     report = check(Tied, WIDTHS[:3], roles={"e.weight": "output"}, seeds=1)
     assert report.rows[0].slopes["init"].value == pytest.approx(-1, abs=0.1)
     assert all(row.values["update"] for row in report.rows)
+
+
+@pytest.mark.parametrize("tokens", [None, 30])
+def test_random_data_of_large_inputs_can_be_learned(tokens, monkeypatch):
+    """The teacher sees a part of the values, or of the tokens."""
+    monkeypatch.setattr(data, "SEEN", 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(30, 5)) if tokens is None else nn.Embedding(tokens, 5)
+    loss = data.random_data(model, (2, 15) if tokens is None else (7,), tokens, batch=64, seed=0)
+    opt = torch.optim.SGD(model.parameters(), lr=2.0)
+    losses = []
+    for _ in range(60):
+        opt.zero_grad()
+        losses.append(loss(model))
+        losses[-1].backward()
+        opt.step()
+    assert losses[0] > 1.5 and losses[-1] < 0.3 * losses[0]
 
 
 def test_nothing_to_measure_is_no_success():

@@ -175,7 +175,9 @@ def test_accumulation_equals_the_large_batch(SAM, sizes):
         torch.testing.assert_close(loss, b.step(lambda: backward(other, x, y)), rtol=1e-12, atol=0)
     assert len(passes) == 10 and passes[1] > passes[0]
     assert_close(model.parameters(), other.parameters())
-    for nothing in ([], [(x[:0], y[:0])]):
+    used_up = iter([(x, y)])
+    mup2.accumulate(model, used_up)
+    for nothing in ([], [(x[:0], y[:0])], used_up):
         with pytest.raises(ValueError, match="no micro-batches"):
             mup2.accumulate(model, nothing)
 
