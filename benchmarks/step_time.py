@@ -34,6 +34,7 @@ from torch import Tensor
 
 from benchmarks.subjects import IMPLEMENTATIONS, MODELS, OURS, count
 from experiments.commands import markdown, write_json
+from experiments.training import device_name
 
 RHO, SEED = 0.05, 0
 WARMUP = 3  # steps of each implementation that are not timed, and then rounds whose times are not used
@@ -177,9 +178,7 @@ class Case:
 
 def machine(device: str) -> dict:
     """The machine and the software that the numbers belong to."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    cpu = f"CPU {found[1] if found else platform.machine()}"
-    about = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "cpu": cpu}
+    about = {"device": device_name(device), "cpu": device_name("cpu")}
     about |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     about |= {"cpu_kernels": importlib.import_module(OURS).instruction_set, "python": platform.python_version()}
     about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}

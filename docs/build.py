@@ -1,15 +1,12 @@
 """Writes the tables of README.md and docs/*.md from the committed result files.
 
-python -m docs.build            rewrites what stands between <!-- table: NAME --> and <!-- end -->
-python -m docs.build --check    changes nothing; exit status 1 if a page is not up to date
+python -m docs.build    rewrites what stands between <!-- table: NAME --> and <!-- end -->
 """
 
-import argparse
 import json
 import math
 import re
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -262,19 +259,13 @@ def fill(text: str) -> str:
     return BLOCK.sub(table, text)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say which pages are not up to date")
-    args = parser.parse_args(argv)
-    stale = [page for page in PAGES if fill(page.read_text()) != page.read_text()]
-    for page in stale:
-        if args.check:
-            print(f"{page.relative_to(ROOT)} is not up to date: run make docs", file=sys.stderr)
-        else:
-            page.write_text(fill(page.read_text()))
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        if (filled := fill(text)) != text:
+            page.write_text(filled)
             print(page.relative_to(ROOT))
-    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -33,16 +33,7 @@ from experiments.commands import SettingsError, at_least, command, reading, star
 from experiments.epoch_time_tables import format_steps, format_table
 from experiments.presets import PRESETS, width
 from experiments.presets import parse_args as parse_run
-from experiments.training import (
-    AMP,
-    Batch,
-    Training,
-    check_device,
-    device_name,
-    has_kernels,
-    is_cuda,
-    precision,
-)
+from experiments.training import AMP, Batch, Training, check_device, device_name, has_kernels, is_cuda, precision
 from experiments.vision_run import build_model, build_optimizer
 
 PAPER = ["resnet18-cifar10", "vit-s4-cifar100", "vit-s16-imagenet"]

@@ -30,6 +30,7 @@ import mup2_fused as mup2
 from experiments.commands import command, start, worker_processes
 from experiments.figures import pyplot
 from mup2_fused import ROLES
+from mup2_fused.check.measure import rms
 from mup2_fused.check.report import STYLES
 from mup2_fused.theory import PERTURBATIONS
 from mup2_ref import PARAMETERIZATIONS
@@ -152,10 +153,6 @@ def measure_step(
     optimizer.base_optimizer.step()
     update = {layer: rms(out - before[layer]) for layer, out in outputs(before_inputs).items()}
     return {"effect": effect, "update": update, "gradient": gradient}
-
-
-def rms(x: torch.Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 def slopes(widths: list[int], values: np.ndarray) -> np.ndarray:

@@ -44,6 +44,7 @@ from experiments.sweep import (
     trainings,
 )
 from experiments.training import check_device
+from experiments.transfer_report import mean_error
 
 CHOOSING = (0, 1)  # seeds
 DECIDING = (*CHOOSING, *range(100, 106))  # seeds, where more of them are needed
@@ -151,26 +152,18 @@ class Frontier:
         return self.decide(found)
 
     def rows(self, points: dict[str, Point]) -> list[dict[str, Any]]:
-        """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy, None for one seed."""
-        found = {way: self.values(way, point, reported(self.setting.seeds)) for way, point in points.items()}
-        means = {way: statistics.fmean(values) for way, values in found.items()}
-        errors = {way: standard_error(values) for way, values in found.items()}
-        gain, rows = means["sam"] - means[BASE], []
-        for way, mean in means.items():
+        """Of the table. kept: the share of SAM's gain. error: the standard error of the accuracy."""
+        found = {way: mean_error(self.values(way, p, reported(self.setting.seeds))) for way, p in points.items()}
+        (base, base_error), (sam, sam_error) = found[BASE], found["sam"]
+        gain, rows = sam - base, []
+        for way, (mean, error) in found.items():
             run, kept, kept_error = self.run(way, points[way], 0), None, None
             if gain > 0:
-                kept = (mean - means[BASE]) / gain
-            if kept is not None and self.setting.seeds > 1:
-                kept_error = math.hypot(errors[way], kept * errors["sam"], (1 - kept) * errors[BASE]) / gain
-            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean}
-            rows.append(
-                row | {"error": errors[way], "seeds": self.setting.seeds, "kept": kept, "kept_error": kept_error}
-            )
+                kept = (mean - base) / gain
+                kept_error = math.hypot(error, kept * sam_error, (1 - kept) * base_error) / gain
+            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean, "error": error}
+            rows.append(row | {"seeds": self.setting.seeds, "kept": kept, "kept_error": kept_error})
         return rows
-
-
-def standard_error(values: list[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def reported(seeds: int) -> range:
@@ -245,7 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     add("--ways", nargs="+", choices=WAYS, help="default the setting's; SAM and the optimizer alone are always there")
-    add("--seeds", type=at_least(1, int), help="that are reported, after the two of the search; default the setting's")
+    add("--seeds", type=at_least(2, int), help="that are reported, after the two of the search; default the setting's")
     add("--epochs", type=at_least(1, int), help="default the setting's")
     add("--width", type=at_least(1, int), help="default the setting's")
     add_place(parser)

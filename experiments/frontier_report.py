@@ -58,8 +58,7 @@ def kept(row: Row) -> str:
     """The share of SAM's gain, with its standard error. Empty where this says nothing."""
     if row["kept"] is None or row["way"] in (BASE, "sam"):
         return ""
-    error = "" if row["kept_error"] is None else f" ± {100 * row['kept_error']:.0f}"
-    return f"{100 * row['kept']:.0f}{error} %"
+    return f"{100 * row['kept']:.0f} ± {100 * row['kept_error']:.0f} %"
 
 
 def format_table(rows: list[Row], wide: int) -> str:
@@ -67,8 +66,7 @@ def format_table(rows: list[Row], wide: int) -> str:
     head = ["", "passes per step", "time", f"time at width {wide}", "lr", "rho", "accuracy % (± standard error)"]
     lines = []
     for r in in_order(rows):
-        error = "" if r["error"] is None else f" ± {r['error']:.2f}"
-        accuracy = f"{r['accuracy']:.2f}{error} ({r['seeds']})"
+        accuracy = f"{r['accuracy']:.2f} ± {r['error']:.2f} ({r['seeds']})"
         numbers = [f"{r[key]:.2f}" for key in ("passes", "time", "wide_time")]
         rho = f"{r['rho']:.3g}" if r["rho"] else ""
         lines.append([title(r["way"]), *numbers, f"{r['lr']:g}", rho, accuracy, kept(r)])
@@ -136,7 +134,7 @@ def points(axis: Any, kind: Kind, rows: list[Row]) -> None:
     x, y = ([row[key] for row in rows] for key in ("passes", "accuracy"))
     look = dict(color=kind.colour, marker=kind.marker, markersize=13 if kind.marker == "*" else 8)
     look |= dict(linewidth=1.2 if BASE not in kind.ways else 0, elinewidth=1.5, capsize=3)
-    axis.errorbar(x, y, yerr=[row["error"] or 0 for row in rows], label=kind.title, **look)
+    axis.errorbar(x, y, yerr=[row["error"] for row in rows], label=kind.title, **look)
     options = dict(xytext=kind.beside, textcoords="offset points", ha="left" if kind.beside[0] > 0 else "right")
     options |= dict(fontsize=10, color="#333333", path_effects=[withStroke(linewidth=3, foreground="white")], zorder=6)
     for row in rows:

@@ -23,6 +23,7 @@ from experiments.commands import DataError, at_least, command, markdown, read_js
 from experiments.frontier import DECIDING, SETTINGS, Frontier, reported
 from experiments.sweep import METHODS, WAYS, add_place
 from experiments.training import check_device
+from experiments.transfer_report import mean_error, plus_minus
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,11 +74,10 @@ def rows(args: argparse.Namespace, method: str) -> list[dict[str, Any]]:
         pairs = dict.fromkeys([(way, best[way]), (way, kept[way])])
         search.train(pairs, seeds, f"{method} at width {search.setting.width}")
         own, transferred = (search.values(way, points[way], seeds) for points in (best, kept))
-        losses = [a - b for a, b in zip(own, transferred)]
-        error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+        regret, error = mean_error([a - b for a, b in zip(own, transferred)])
         row = {"way": way, "method": method, "width": search.setting.width, "rho": search.run(way, best[way], 0).rho}
         row |= {"accuracy": statistics.fmean(own), "kept_rho": search.run(way, kept[way], 0).rho}
-        row |= {"kept_accuracy": statistics.fmean(transferred), "regret": statistics.fmean(losses), "error": error}
+        row |= {"kept_accuracy": statistics.fmean(transferred), "regret": regret, "error": error}
         rows.append(row | {"seeds": len(seeds)})
     return rows
 
@@ -87,9 +87,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     narrow, lines = min(row["width"] for row in rows), []
     head = ["", "", "width", "best rho", "accuracy %", f"with the best rho of width {narrow}"]
     for r in sorted(rows, key=lambda r: ([*WAYS].index(r["way"]), [*METHODS].index(r["method"]) * -1, r["width"])):
-        error = "" if r["error"] is None else f" ± {r['error']:.1f}"
         accuracies = [f"{r[key]:.1f}" for key in ("accuracy", "kept_accuracy")]
-        regret = f"{r['regret']:.1f}{error} ({r['seeds']})" if r["width"] > narrow else ""
+        regret = f"{plus_minus((r['regret'], r['error']))} ({r['seeds']})" if r["width"] > narrow else ""
         lines.append([WAYS[r["way"]].title, r["method"], r["width"], f"{r['rho']:.3g}", *accuracies, regret])
     return markdown([*head, "regret (± standard error)"], lines)
 
@@ -101,7 +100,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=["interval-4", "part-16"])
     add("--methods", nargs="+", choices=METHODS, default=["muP²", "muP-global"])
     add("--widths", nargs="+", type=at_least(1, int), default=[64, 256, 1024])
-    add("--seeds", type=at_least(1, int), default=3, help="that are reported, after the two of the search")
+    add("--seeds", type=at_least(2, int), default=3, help="that are reported, after the two of the search")
     add("--epochs", type=at_least(1, int), help="default the setting's")
     add_place(parser)
     add("--out", type=Path, default=RESULTS)

@@ -121,11 +121,7 @@ def restore(phase: Phase) -> None:
 
 @torch.no_grad()
 def descend(
-    phase: Phase,
-    base: torch.optim.Optimizer,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    skip_nonfinite: bool,
+    phase: Phase, base: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None, skip_nonfinite: bool
 ) -> None:
     """Return to w, divide the gradients by grad_scale, and let base step, unless a gradient was not finite."""
     restore(phase)

@@ -6,23 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from small_problems import ROOT, Tied, block, blocks, train_closure, weights
 from torch import nn
 
 import mup2_fused as mup2
-from docs.build import ROOT
 from experiments.data import import_torchvision
 
 DATA = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(2)]
-
-
-def blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-def block(page, word):
-    """The one block of the page with this word in it."""
-    (found,) = (code for code in blocks(page) if word in code)
-    return found
 
 
 def usage(width=64):
@@ -32,10 +22,6 @@ def usage(width=64):
     assert "width=1024" in code
     exec(code.replace("width=1024", f"width={width}").replace("width=128", "width=16"), names)
     return names
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def assert_changed(model, before):
@@ -79,13 +65,7 @@ def test_cheaper_steps():
     names["model"].register_forward_hook(lambda module, args, out: passes.append(len(out)))
     x, y = DATA[0]
 
-    def closure():
-        names["opt"].zero_grad()
-        loss = names["loss_function"](names["model"](x), y)
-        loss.backward()
-        return loss
-
-    names["closure"] = closure
+    names["closure"] = lambda: train_closure(names["opt"], names["model"], x, y)()
     interval, loop, part, momentum, momentum_loop, *_ = blocks("docs/cheaper-sam.md")
     for code, expected in (
         (interval + loop, [8, 8, 8]),  # of the two steps, the first one is a SAM step
@@ -108,27 +88,18 @@ def test_cheaper_steps_written_out(base, way):
     model, base_model = mup2.MLP(5, 64, 3).double(), mup2.MLP(5, 16, 3)
     other = copy.deepcopy(model)
 
-    def closure_of(model, optimizer):
-        def closure():
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x.double()), y)
-            loss.backward()
-            return loss
-
-        return closure
-
     scaling = mup2.exponents(base_optimizer="sgd" if base is torch.optim.SGD else "adam")
     groups, same = (mup2.param_groups(m, base_model, scaling, lr=0.01, rho=0.1) for m in (model, other))
     kwargs = dict(momentum=0.9) if base is torch.optim.SGD else {}
     opt = mup2.SAM(groups, base, **way, **kwargs)
     names = {"torch": torch, "steps": 10, "base": base(same, **kwargs)}
-    names["closure"] = closure_of(other, names["base"])
+    names["closure"] = train_closure(names["base"], other, x.double(), y)
     *_, functions, interval, momentum = blocks("docs/cheaper-sam.md")
     code = functions + (interval if "interval" in way else momentum)
     exec(code if base is torch.optim.SGD else code.replace("momentum_buffer", "exp_avg"), names)
     start = weights(model)
     for _ in range(10):
-        opt.step(closure_of(model, opt))
+        opt.step(train_closure(opt, model, x.double(), y))
     assert_changed(model, start)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
@@ -218,49 +189,16 @@ def test_compiled_step(monkeypatch):
     opt = mup2.SAM(mup2.param_groups(expected["model"], expected["base"], lr=0.1, rho=0.1), momentum=0.9)
     exec(block("docs/kernels.md", "fullgraph=True"), names)
     for x, y in DATA:
-
-        def closure(x=x, y=y):
-            opt.zero_grad()
-            loss = nn.functional.cross_entropy(expected["model"](x), y)
-            loss.backward()
-            return loss
-
-        opt.step(closure)
+        opt.step(train_closure(opt, expected["model"], x, y))
     for p, q in zip(names["model"].parameters(), expected["model"].parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
 
-class Tied(nn.Module):
-    """An embedding that is the readout as well."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(7, width), nn.Linear(width, 7, bias=False)
-        self.head.weight = self.embedding.weight
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer, of a class that is not torch's."""
-
-    def __init__(self, n, m):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(n, m)), nn.Parameter(torch.zeros(m))
-
-
-def gpt2(width):
-    block = nn.ModuleDict({"c_attn": Conv1D(width, 3 * width), "c_proj": Conv1D(width, width)})
-    return nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList([block])}), "head": nn.Linear(width, 7)})
-
-
 def test_networks_page():
-    words, conv1d, _ = blocks("docs/networks.md")
+    """The first block; the others are in test_timm and in tests/product/test_models.py."""
     names = {"mup2": mup2, "tied": Tied(64), "tied_base": Tied(16)}
-    exec(words, names)
+    exec(block("docs/networks.md", "tied_base"), names)
     assert [(g["role"], g["rho"]) for g in names["groups"]] == [("output", pytest.approx(0.025))]
-    names |= {"gpt2": gpt2(64), "gpt2_base": gpt2(16)}
-    exec(conv1d, names)
-    roles = {name: g["role"] for g in names["groups"] for name in g["names"]}
-    assert roles["transformer.h.0.c_attn.weight"] == "hidden" and roles["head.weight"] == "output"
 
 
 def test_timm():
@@ -274,17 +212,13 @@ def test_timm():
     assert not model.head.weight.any() and isinstance(opt.base_optimizer, torch.optim.AdamW)
     assert {g["rho"] for g in names["groups"]} == {0.2, 0.1, 0.05}
     x, y, before = torch.randn(4, 3, 32, 32), torch.arange(4), model.head.weight.clone()
-    loss = lambda: nn.functional.cross_entropy(model(x), y)
-
-    def closure():
-        opt.zero_grad()
-        loss().backward()
-
     with pytest.raises(RuntimeError, match="nothing is perturbed"):
-        timm_utils.NativeScaler(device="cpu")(loss(), opt, parameters=model.parameters())
+        timm_utils.NativeScaler(device="cpu")(
+            nn.functional.cross_entropy(model(x), y), opt, parameters=model.parameters()
+        )
     assert torch.equal(model.head.weight, before)
     names["scheduler"].step(1)
-    opt.step(closure)
+    opt.step(train_closure(opt, model, x, y))
     assert not torch.equal(model.head.weight, before)
     assert max(g["lr"] for g in opt.param_groups) == pytest.approx(2e-4)  # the warm-up's first of five epochs
 

@@ -39,9 +39,9 @@ def test_the_command_finds_and_rewrites_a_stale_page(tmp_path, monkeypatch, caps
     page.write_text("<!-- table: exponents -->\nold\n<!-- end -->\n")
     monkeypatch.setattr(build, "PAGES", [page])
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    assert build.main(["--check"]) == 1 and "page.md is not up to date: run make docs" in capsys.readouterr().err
-    assert build.main([]) == 0 and "0.04" in page.read_text() and "old" not in page.read_text()
-    assert build.main(["--check"]) == 0
+    for printed in ("page.md\n", ""):
+        build.main()
+        assert capsys.readouterr().out == printed and "0.04" in page.read_text() and "old" not in page.read_text()
 
 
 # ------------------------------------------------------------------------------------------ links
@@ -158,7 +158,6 @@ def test_readme_is_short():
     assert 0 < len(re.findall(r"^\|(?! ---)", results, re.MULTILINE)) <= 25 + 2  # and two headers
     code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line]) <= 14
-    assert "without an error" not in readme
 
 
 RESULTS_TEXT = " ".join(TEXT["docs/results.md"].split())  # repeats numbers of its tables: they are computed again here

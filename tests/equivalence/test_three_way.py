@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_problems import equal
+from small_problems import equal, train_closure
 from torch import nn
 
 import mup2_fused
@@ -159,14 +159,7 @@ def test_mup2_training_of_an_mlp(device, base_optimizer):
         model, base = package.MLP(20, 128, 5).to(device), package.MLP(20, 32, 5)
         package.init_(model, base, scaling)
         opt = SAM(package.param_groups(model, base, scaling, lr=0.01, rho=0.1), kind)
-
-        def closure(model=model, opt=opt):
-            opt.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
-        losses = [opt.step(closure).item() for _ in range(10)]
+        losses = [opt.step(train_closure(opt, model, x, y)).item() for _ in range(10)]
         assert losses[-1] < losses[0]
         trained[name] = [p.detach() for p in model.parameters()]
     assert equal(trained["torch"], trained["reference"])

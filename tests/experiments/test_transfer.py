@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from small_runs import refusal, sweep_rows, without_processes
-from test_sweep import few_digits, interrupted_after
+from test_sweep import few_digits
 
 from experiments import sweep, transfer, transfer_report
 from experiments.climb import Point, best_points, climb
-from experiments.sweep import ALONE, METHODS, Run
+from experiments.sweep import ALONE, METHODS
 
 
 def test_a_climb_ends_where_all_neighbours_are_worse():
@@ -97,20 +97,6 @@ def test_the_search_finds_the_optima_and_what_transfers(command, tmp_path, capsy
     line = transfer_report.format_summary({"Data": rows}).splitlines()[3]
     assert line == "| Data | muP-naive | 0.2, 0.1 | 0.2, 0.01 | 12.0 ± 0.0 | 96.0 ± 0.6 | 91.0 ± 0.6 |"
     assert (tmp_path / "transfer_mnist1d.png").stat().st_size > 20_000
-
-
-def test_an_interrupted_search_goes_on(command, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "transfer_mnist1d.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "train", interrupted_after(50))
-        assert transfer.main(command) == 130
-    assert len(sweep_rows(path)) == 50 and "the same command goes on" in capsys.readouterr().err
-    assert transfer.main(command) == 0
-    printed = capsys.readouterr().out
-    runs = [tuple(row[key] for key in Run._fields) for row in sweep_rows(path)]
-    assert len(runs) == len(set(runs))
-    monkeypatch.setattr(sweep, "train", None)
-    assert transfer.main(command) == 0 and capsys.readouterr().out == printed
 
 
 def test_reported_seeds_are_not_those_of_the_search(command, tmp_path, monkeypatch):

@@ -9,17 +9,7 @@ import time
 
 import pytest
 import torch
-from small_runs import (
-    ONE_THREAD,
-    TINY_RESNET,
-    checkpoint,
-    equal,
-    metrics,
-    only_folder,
-    result_of,
-    start,
-    wait_for,
-)
+from small_runs import ONE_THREAD, TINY_RESNET, checkpoint, equal, metrics, only_folder, result_of, start, wait_for
 
 import mup2_fused as mup2
 from experiments import data, vision
@@ -61,17 +51,7 @@ def start_training(command, errors):
 def test_killed_at_random_moments_and_resumed_bit_for_bit(tmp_path, capsys, backend, workers, kills):
     """With momentum and batch norm."""
     epochs, out, errors = 8 + 4 * kills, tmp_path / "killed", tmp_path / "errors"
-    flags = [
-        "--preset",
-        "resnet18-digits",
-        *TINY_RESNET,
-        "--epochs",
-        str(epochs),
-        "--batch-size",
-        "400",
-        "--lr",
-        "0.01",
-    ]
+    flags = ["--preset", "resnet18-digits", *TINY_RESNET, "--epochs", str(epochs), "--batch-size", "400"]
     flags += ["--lr", "0.01", "--workers", str(workers), "--device", "cpu", "--backend", backend, "--out"]
     began = time.monotonic()
     assert vision.main([*flags, str(tmp_path / "whole")]) == 0

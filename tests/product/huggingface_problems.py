@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import mup2_fused as mup2
 from experiments.data import import_torchvision
 
-import_torchvision()  # before transformers, which imports it
+torchvision = import_torchvision()  # before transformers, which imports it
 pytest.importorskip("accelerate")
 hf = pytest.importorskip("transformers")
 

@@ -1,8 +1,12 @@
 """Parameters, gradients, losses, steps and modules that several tests take, also tests outside of this folder."""
 
+import re
+from pathlib import Path
+
 import torch
 from torch import nn
 
+ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("sam", "elementwise", "layerwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BASES = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
@@ -12,6 +16,17 @@ WAYS = [  # options of steps with less than two passes
     dict(interval=2, base_optimizer=torch.optim.AdamW),
     dict(ascent="momentum", base_optimizer=torch.optim.AdamW),
 ]
+
+
+def blocks(page):
+    """The Python code of a page, such as docs/training.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def block(page, word):
+    """The one block of the page with this word in it."""
+    (found,) = (code for code in blocks(page) if word in code)
+    return found
 
 
 def parameters(dtype=torch.float32, shapes=((5, 3), (7,), (2, 3, 4))):

@@ -9,7 +9,6 @@ by one.
 import contextlib
 import copy
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ddp_processes import check_data_parallel
-from small_problems import assert_close, backward, equal
+from small_problems import assert_close, backward, block, equal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,7 +30,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import mup2_fused as mup2
 from mup2_fused import torch_passes
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS = 8, 2
 
 
@@ -273,15 +271,13 @@ def check_spread_parameters(backend):
 
 def check_recipe(folder):
     """The one in docs/training.md: the factors of the whole tensors, and a checkpoint that can be read."""
-    code = (ROOT / "docs" / "training.md").read_text()
-    (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", code, re.DOTALL) if "fully_shard(" in block)
     torch.manual_seed(0)
     model, base = mup2.MLP(5, 32, 3), mup2.MLP(5, 8, 3)
     expected = mup2.param_groups(model, base, lr=0.1, rho=0.1)
     x, y = (t[dist.get_rank() :: 4] for t in data(4, 0))
     names = dict(torch=torch, mup2=mup2, model=model, base=base, folder=folder / "recipe")
     names["closure"] = lambda: backward(model, x.float(), y)
-    exec(recipe, names)
+    exec(block("docs/training.md", "fully_shard("), names)
     got = [(g["lr"], g["rho"], g["gradnorm_scaling"]) for g in names["opt"].param_groups]
     assert got == [(g["lr"], g["rho"], g["gradnorm_scaling"]) for g in expected]
     assert all(isinstance(state["momentum_buffer"], DTensor) for state in names["opt"].state.values())

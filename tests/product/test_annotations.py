@@ -3,11 +3,10 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from small_problems import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = """
 import torch
 from torch import Tensor, nn

@@ -1,21 +1,13 @@
 """The base model as a config or a function, and models of transformers that multiply by numbers of their own."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import copy
 import re
 
 import pytest
 import torch
+from huggingface_problems import hf, torchvision
 from small_problems import closure_of, equal, weights
 from torch import nn
-
-from experiments.data import import_torchvision
-
-torchvision = import_torchvision()  # before transformers, which imports it
-hf = pytest.importorskip("transformers")
 
 from mup2_fused import MLP, SAM, exponents, init_, param_groups, report
 from mup2_fused.bases import base_module

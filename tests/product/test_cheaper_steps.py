@@ -211,19 +211,6 @@ def test_gradients_that_are_not_finite(SAM, way):
     assert scaler.get_scale() == 2.0**9
 
 
-@pytest.mark.parametrize("way", [*WAYS, PART], ids=str)
-def test_a_compiled_training_step(way):
-    """torch.compile leaves the kinds of steps alone."""
-    model, x, y = classification(mup2.MLP(5, 8, 3))
-    other = copy.deepcopy(model)
-    opts = [mup2.SAM(m.parameters(), lr=0.05, rho=0.1, backend="compiled", **way) for m in (model, other)]
-    compiled = torch.compile(partial(training_step, other, opts[1]), backend="eager")
-    for _ in range(5):
-        training_step(model, opts[0], x, y)
-        compiled(x, y)
-        assert equal(weights(model), weights(other))
-
-
 def training_step(model, opt, x, y):
     """With PART's momentum, the first pass takes a part of the batch."""
 

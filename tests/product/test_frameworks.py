@@ -5,11 +5,10 @@ import re
 import warnings
 from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from small_problems import equal
+from small_problems import ROOT, blocks, equal
 from test_processes import run_script
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,11 +29,11 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about workers, logging intervals and the like
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "frameworks.md").read_text()
-USAGE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-RECIPES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-LIT, PIECES, HALF, ACCELERATE, ACCELERATE_HALF = RECIPES[:5]  # tests/docs runs those for the Hugging Face Trainer
+USAGE = blocks("README.md")[0]
+LIT, PIECES, HALF, ACCELERATE, ACCELERATE_HALF = blocks("docs/frameworks.md")[
+    :5
+]  # tests/docs runs those for the Hugging Face Trainer
 CLASS, _, _ = LIT.partition("lightning.Trainer(")
 EPOCHS = 3
 BASES = ["torch.optim.SGD, momentum=0.9", "torch.optim.AdamW, weight_decay=0.1"]

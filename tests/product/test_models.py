@@ -1,27 +1,19 @@
 """param_groups and init_ on models that other people wrote, unchanged: torchvision's, timm's and Hugging Face's."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import re
 import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
-from small_problems import by_name, closure_of
+from huggingface_problems import hf, torchvision
+from small_problems import block, by_name, closure_of
 from torch import nn
 
 import mup2_fused
-from docs.build import ROOT
-from experiments.data import import_torchvision
-
-torchvision = import_torchvision()  # before transformers, which imports it
-hf, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
-
 from mup2_fused import SAM, init_, param_groups
 from mup2_fused.check import check
+
+timm = pytest.importorskip("timm")
 
 BASE, M = 16, 4
 tv = torchvision.models
@@ -190,11 +182,8 @@ def test_other_peoples_models(name):
 
 def recipe(model):
     """The lines for GPT-2 in docs/networks.md."""
-    (code,) = (
-        c for c in re.findall(r"```python\n(.*?)```", (ROOT / "docs/networks.md").read_text(), re.DOTALL) if "gpt2" in c
-    )
     names = {"mup2": mup2_fused, "gpt2": model, "gpt2_base": gpt2(BASE)}
-    exec(code, names)
+    exec(block("docs/networks.md", "gpt2"), names)
     return names["groups"]
 
 

@@ -9,12 +9,22 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from small_problems import WAYS, assert_close, equal, parameters, set_gradients, train_closure, two_steps, weights
+from small_problems import (
+    ROOT,
+    WAYS,
+    assert_close,
+    equal,
+    ones_step,
+    parameters,
+    set_gradients,
+    train_closure,
+    two_steps,
+    weights,
+)
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -22,7 +32,7 @@ import mup2_fused as mup2
 from mup2_fused import compiled_passes, torch_passes
 from mup2_fused.compiled_passes import CompiledPasses
 
-ROOT = Path(__file__).resolve().parents[2]
+FLOAT8 = torch.float8_e5m2
 
 
 def test_the_backend_that_was_asked_for_runs():
@@ -99,7 +109,7 @@ def test_without_the_compiled_part():
 def test_parameters_without_kernels(kind):
     """auto takes torch's operations and says why; a group that is added counts, too."""
     if kind == "float8":
-        p, words = nn.Parameter(torch.zeros(3).to(torch.float8_e5m2)), "not for torch.float8_e5m2"
+        p, words = nn.Parameter(torch.zeros(3).to(FLOAT8)), "not for torch.float8_e5m2"
     else:
         p, words = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3))), "inside a TwoTensor"
     with pytest.raises(RuntimeError, match=f"{words}.*backend='torch'"):
@@ -113,6 +123,18 @@ def test_parameters_without_kernels(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mup2.SAM([p], lr=0.1)
+
+
+def test_float8_parameters_beside_others():
+    """A frozen one does not keep the kernels away. A group that is refused is not added."""
+    w, frozen = (nn.Parameter(torch.ones(4).to(dtype), dtype == torch.float32) for dtype in (torch.float32, FLOAT8))
+    opt = mup2.SAM([w, frozen], lr=0.5, backend="compiled")
+    with pytest.raises(RuntimeError, match="not for torch.float8_e5m2"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(4).to(FLOAT8))]})
+    assert [len(x.param_groups) for x in (opt, opt.base_optimizer, copy.deepcopy(opt))] == [1, 1, 1]
+    ones_step(opt, [w])
+    assert opt.passes.norms()[0] == 2.0, "the kernels have computed the norm"
+    assert torch.equal(w, torch.full((4,), 0.5)) and torch.equal(frozen.float(), torch.ones(4))
 
 
 def test_devices_without_kernels(monkeypatch):

@@ -251,18 +251,6 @@ def test_schedulers_without_warnings(SAM, kind, kwargs, two_step):
     assert equal(params, before), "the base optimizer must use the learning rate of opt.param_groups"
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_options_of_the_base_optimizer_pass_through(SAM, base):
-    mine = parameters()
-    theirs = twins(mine)
-    a, b = SAM(mine, base, rho=0.1, lr=0.01, fused=True), SAM(theirs, base, rho=0.1, lr=0.01)
-    for _ in range(3):
-        a.step(closure_of(a, mine))
-        b.step(closure_of(b, theirs))
-    assert a.base_optimizer.defaults["fused"]
-    assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("lr", [torch.tensor(0.5), np.float32(0.5)], ids=["tensor", "numpy"])
 def test_learning_rates_that_are_no_floats(SAM, lr):
     params = parameters()

@@ -139,6 +139,17 @@ def test_skipped_steps_add_up_and_survive_copies_and_new_groups(SAM):
             opt = copy.deepcopy(opt)
             params = opt.param_groups[0]["params"]
         assert opt.skipped_steps == count
+    opt.skipped_steps = 7
+    ones_step(opt, params, math.nan)
+    assert opt.skipped_steps == 8, "it can be set"
+
+
+def test_the_next_step_uses_a_new_list_of_groups(SAM):
+    params = parameters()
+    opt, before = SAM(params, lr=0.5), weights(params)
+    opt.param_groups = [group | {"lr": 0.0} for group in opt.param_groups]
+    two_steps(opt, params)
+    assert equal(params, before)
 
 
 def test_add_param_group(SAM):

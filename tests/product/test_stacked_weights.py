@@ -3,22 +3,15 @@
 Their roles, factors and initial weights are those of the same matrices in nn.Linear.
 """
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
+from huggingface_problems import hf
 from small_problems import Raw
 from torch import nn
 
-from experiments.data import import_torchvision
 from mup2_fused import exponents, init_, param_groups
 from mup2_fused.check import check
 from mup2_fused.roles import describe
-
-import_torchvision()  # before transformers, which imports it
-hf = pytest.importorskip("transformers")
 
 BASE, WIDE, M = 8, 32, 4
 ADAM = exponents(base_optimizer="adam")

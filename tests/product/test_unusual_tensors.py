@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import mup2_fused as mup2
-from mup2_fused import compiled_passes
 
 BASES = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.SGD, {}), (torch.optim.AdamW, {})]
 
@@ -257,21 +255,3 @@ def test_backups_are_freed_when_torch_climbs():
     assert opt.passes.backups == [] and len(opt.phase.backups) == 3
     opt.restore()
     assert opt.phase.backups is None
-
-
-def test_a_group_that_is_added_is_all_that_is_looked_at(SAM):
-    """Plan, phase and backups stay, also between the passes."""
-    params, new = parameters(), parameters(shapes=((3,),))
-    opt = SAM(params, lr=0.0, rho=0.5)
-    before = weights(params)
-    set_gradients(params)
-    opt.first_step()
-    passes = opt.passes
-    with mock.patch.object(compiled_passes, "obstacle", wraps=compiled_passes.obstacle) as looked:
-        opt.add_param_group({"params": new})
-    assert opt.passes is passes and [len(call.args[0]) for call in looked.mock_calls] in ([], [1])
-    set_gradients(new)
-    opt.second_step()
-    assert equal(weights(params), before)
-    two_steps(opt, params + new)
-    assert opt.skipped_steps == 0
