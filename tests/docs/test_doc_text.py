@@ -12,6 +12,7 @@ import pytest
 from docs import build
 from docs.build import PAGES, RESULTS, ROOT
 from experiments import demo, sweep, transfer_report
+from experiments.sweep import METHODS
 from experiments.transfer import TWO
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
@@ -202,25 +203,42 @@ def test_sentences_about_fashion_mnist():
 
 def test_sentences_about_mnist1d():
     rows, accuracy = transfer("mnist1d")
-    for width in (128, 256, 512):
+    wide = [128, 256, 512, 1024]
+    for width in wide:
         assert max(accuracy, key=lambda key: (key[1] == width, accuracy[key])) == ("muP²", width)
-    pairs = zip(rows["muP²", 512]["accuracies"], rows["SP-naive", 512]["accuracies"])
+    pairs = zip(rows["muP²", 1024]["accuracies"], rows["SP-naive", 1024]["accuracies"])
     more = transfer_report.mean_error([a - b for a, b in pairs])
-    assert_said("at width 512 with {:.1f} %, {:.1f} ± {:.1f} points more than plain", accuracy["muP²", 512], *more)
-    pairs = itertools.product(("muP-naive", "muP-global"), (256, 512))
+    assert_said("at width 1024 with {:.1f} %, {:.1f} ± {:.1f} points more than plain", accuracy["muP²", 1024], *more)
+    pairs = itertools.product(("muP-naive", "muP-global"), wide[1:])
     gains = [transfer_report.gain(rows[pair])[0] for pair in pairs]
     assert_said("With muP-naive and muP-global, SAM gains {:.1f} points at most", max(gains))
-    assert all(transfer_report.regret(rows["muP²", width], 128)[0] <= 0 for width in (256, 512))
-    assert_said("width 64's loses {:.1f} ± {:.1f} points at width 512", *transfer_report.regret(rows["muP²", 512], 64))
-    for width in (128, 256, 512):
+    assert all(transfer_report.regret(rows["muP²", width], 128)[0] <= 0 for width in wide[1:])
+    assert_said(
+        "width 64's loses {:.1f} ± {:.1f} points at width 1024", *transfer_report.regret(rows["muP²", 1024], 64)
+    )
+    for width in wide:
         plain = rows["SP-naive", width]
         assert transfer_report.regret(plain, 64)[0] <= 0
         for key in ("lr", "rho"):
             low, high = plain[f"{key}s"]
             assert low <= rows["SP-naive", 64][key] <= high
     powers = [power_of_the_width(rows, method) for method in ("muP-naive", "muP²")]
-    assert_said("falls as width^{:.2f}, as theory", powers[0])
-    assert_said("grows as width^{:.2f}", powers[1])
+    assert_said("falls as width^{:.2f}, where theory", powers[0])
+    assert_said("That of muP² grows as width^{:.2f}", powers[1])
+    radii = {width: transfer_report.largest_stable_rho(rows["muP-naive", width]) for width in (64, 512, 1024)}
+    assert_said("by a factor of {:.1f} from width 64 to 512, but not", radii[64] / radii[512])
+    assert radii[1024] == pytest.approx(radii[512], rel=0.02)
+
+
+def test_sentences_about_both_data_sets():
+    lost = {
+        method: [transfer_report.regret(transfer(name)[0][method, 1024], 64)[0] for name in ("fashion", "mnist1d")]
+        for method in METHODS
+    }
+    assert_said("loses {:.1f} points on Fashion-MNIST and {:.1f} on MNIST-1D with muP²", *lost.pop("muP²"))
+    words = "plain SAM {:.1f}, muP-naive {:.1f}, muP-global {:.1f} and SP-LP {:.1f}"
+    assert_said(words, *(max(lost[method]) for method in ("SP-naive", "muP-naive", "muP-global", "SP-LP")))
+    assert len(lost) == 4
 
 
 def test_sentences_about_the_resnet():
@@ -284,7 +302,7 @@ def test_sentences_of_the_readme_about_other_settings():
     plain, mup2 = lost("vit", 16, 128)
     assert "plain SAM loses {:.1f} ± {:.1f} points and muP² {:.1f} ± {:.1f} (ViT)".format(*plain, *mup2) in readme
     assert "or plain SAM nothing and muP² 1 to 2 points (MNIST-1D, ResNet-18)" in readme
-    for name, narrow, wide in (("mnist1d", 64, 512), ("resnet", 4, 32)):
+    for name, narrow, wide in (("mnist1d", 64, 1024), ("resnet", 4, 32)):
         plain, mup2 = lost(name, narrow, wide)
         assert plain[0] <= 0 and 1 <= round(mup2[0], 1) < 2
 
