@@ -22,8 +22,8 @@ fan_out / fan_in from the base model to this one. The tensor's radius (and SGD's
 its part of the joint norm by sqrt(r). At the base width all factors are 1 and µP² is plain SAM: the lr and the rho that
 were tuned there are right at every other width.
 
-Left out here, and found in mup2_fused: compiled kernels, cheaper steps, 16-bit and distributed training, copies, roles
-in any architecture, perturbing normalization layers only (SAM-ON), and errors that explain themselves.
+Left out here, and found in mup2_fused: compiled kernels, cheaper steps, 16-bit and distributed training, roles in any
+architecture, perturbing normalization layers only (SAM-ON), deepcopy and pickle, and errors that explain themselves.
 """
 
 import math

@@ -50,7 +50,7 @@ class SAM(Saving):
     backend: "compiled" uses the kernels, "torch" torch's operations, "auto" the kernels where they can be used.
     skip_nonfinite: also skip updates whose own gradient is not finite, that of the second or only pass. This check
     reads all gradients once more.
-    same_randomness: step(closure) and train_epoch() give both passes the same random numbers, as for dropout masks.
+    same_randomness: step(closure) and train_epoch() give both passes the same random numbers and dropout masks.
 
     Call step(closure), or first_step() after one backward pass and second_step() after another. If the gradient of the
     first pass is not finite, nothing is perturbed, and the update is skipped and counted in skipped_steps. Weights are
