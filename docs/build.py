@@ -20,7 +20,7 @@ from experiments.commands import markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-KEY_TRANSFER = {"fashion": "Fashion-MNIST"}
+KEY_TRANSFER = {"fashion": "Fashion-MNIST", "mnist1d": "MNIST-1D"}
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -100,18 +100,15 @@ def format_radii(rows: list[Row]) -> str:
 
 
 def format_summary(results: dict[str, list[Row]]) -> str:
-    """Markdown, a line per method of each result: what its widest network loses and reaches."""
-    (narrow, wide), *others = ((widths(rows)[0], widths(rows)[-1]) for rows in results.values())
-    assert all(other == (narrow, wide) for other in others), "one table for results at the same widths"
-    head = ["", "", f"best (lr, rho) at width {narrow}", f"at width {wide}", f"regret at {wide}"]
-    head += [f"accuracy % at {wide}", "without SAM"]
-    lines = []
-    for (title, rows), method in ((result, method) for result in results.items() for method in methods(result[1])):
-        mine = of(rows, method)
-        points = [f"{row['lr']:.3g}, {row['rho']:.3g}" for row in (mine[0], mine[-1])]
-        found = [mean_error(mine[-1][key]) for key in ("accuracies", "alone")]
-        lines.append([title, method, *points, *map(plus_minus, (regret(mine[-1], narrow), *found))])
-    return markdown(head, lines)
+    """Markdown, a line per method: what the widest network of each result loses and reaches."""
+    head, lines = [""], {method: [method] for rows in results.values() for method in methods(rows)}
+    for title, rows in results.items():
+        narrow, wide = widths(rows)[0], widths(rows)[-1]
+        head += [f"{title}: regret at width {wide}", "accuracy %", "without SAM"]
+        for method, cells in lines.items():
+            row = of(rows, method)[-1]
+            cells += map(plus_minus, (regret(row, narrow), mean_error(row["accuracies"]), mean_error(row["alone"])))
+    return markdown(head, [*lines.values()])
 
 
 def format_variants(rows: list[Row]) -> str:
