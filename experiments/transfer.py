@@ -7,12 +7,13 @@
                                                             on all images, each SAM step as one CUDA graph
 
 At every width each method's best (lr, rho) is searched on a grid, whose steps are factors of 2 for lr and quarter
-decades for rho: first with one seed, then with three, at the two narrowest widths with nine, until all neighbours are
-worse, so that no best point lies on an edge. The search begins at the best point of the next narrower width. All that
-is reported comes from six other seeds: the accuracy at the best point, at the best points of the two narrowest widths,
-without SAM (whose lr is searched in the same way), and next to the best rho. Three of these seeds are trained at larger
-radii, too, until the accuracy has collapsed. Every finished run is appended to OUT/transfer_NAME.jsonl: the same
-command goes on where it was interrupted, and only draws and prints where nothing is missing.
+decades for rho: first with one seed, then with three, and at the two narrowest widths (vit: at all) with nine, until
+all neighbours are worse, so that no best point lies on an edge. The search begins at the best point of the next
+narrower width. All that is reported comes from six other seeds: the accuracy at the best point, at the best points of
+the two narrowest widths, without SAM (whose lr is searched in the same way), and next to the best rho. Three of these
+seeds are trained at larger radii, too, until the accuracy has collapsed. Every finished run is appended to
+OUT/transfer_NAME.jsonl: the same command goes on where it was interrupted, and only draws and prints where nothing is
+missing.
 
 On MNIST-1D a 3-layer ReLU MLP without biases is trained as in the paper: SGD at batch size 64 and a constant learning
 rate, the test accuracy of the best epoch counts, widths enter absolutely (base width 1) as in Definition 4. On 1,000
@@ -51,7 +52,7 @@ from experiments.training import check_device, has_kernels, is_cuda
 from experiments.transfer_report import COLLAPSE, format_radii, format_table, plot, what_to_see
 
 CHOOSING = range(3)  # seeds of the search
-MORE = range(100, 106)  # seeds, at the two narrowest widths, whose best points are tried at all others
+MORE = range(100, 106)  # more of them, at the narrowest widths, whose best points are tried at all others
 AROUND = 1  # steps of rho to both sides of the best one, at which all reported seeds are trained, too
 FEW = 3  # of the reported seeds, farther away
 
@@ -67,6 +68,7 @@ class Setting(NamedTuple):
     rho: float  # plain SAM's
     methods: tuple[str, ...] = tuple(METHODS)
     shifts: tuple[int, ...] = (0,)  # steps of lr from the start at which the first width's searches begin
+    nine: int = 2  # so many of the narrowest widths have their best points chosen by nine seeds, the others by three
 
 
 TWO = ("SP-naive", "muP²")
@@ -74,8 +76,8 @@ SETTINGS = {
     "mnist1d": Setting("mlp", "mnist1d", (64, 128, 256, 512, 1024), 60, 0.4, 0.3162),
     "fashion": Setting("mlp-base-64", "noisy30-fashion-mnist-1k", (64, 128, 256, 512, 1024), 60, 0.005, 0.1778),
     "resnet": Setting("resnet-28", "noisy30-fashion-mnist-1k", (4, 8, 32), 30, 0.05, 0.1778, TWO),
-    "vit": Setting("vit-28", "noisy30-fashion-mnist-1k", (16, 32, 128), 40, 0.005, 0.1, TWO),
-    "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 30, 0.2, 0.1778, (*TWO, *VARIANTS), (0, -2)),
+    "vit": Setting("vit-28", "noisy30-fashion-mnist-1k", (16, 32, 128), 40, 0.005, 0.1, TWO, nine=3),
+    "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 30, 0.2, 0.1778, (*TWO, *VARIANTS), (0, -2), 0),
 }
 # Where the search begins, as multiples of plain SAM's rho: where widths enter absolutely, and for the variants of SAM.
 FACTORS = {"muP-naive": 0.1, "SP-LP": 0.3162}
@@ -142,7 +144,7 @@ class Transfer:
 
     def choosing(self, width: int) -> tuple[int, ...]:
         """The seeds by which the best point of a width is chosen."""
-        return (*CHOOSING, *MORE) if width in self.setting.widths[:-1][:2] else (*CHOOSING,)
+        return (*CHOOSING, *MORE) if width in self.setting.widths[: self.setting.nine] else (*CHOOSING,)
 
     def search_at(self, width: int, starts: dict[str, Point], seeds: Sequence[int]) -> dict[str, Point]:
         def known(method: str, point: Point) -> float | None:

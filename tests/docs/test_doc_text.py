@@ -273,19 +273,32 @@ def test_sentences_about_the_resnet():
 def test_sentences_about_the_vit():
     rows, accuracy = transfer("vit")
     plain, mup2 = rows["SP-naive", 128], rows["muP²", 128]
-    assert_said("SAM gains {:.1f} points at width 16", transfer_report.gain(rows["muP²", 16])[0])
-    assert_said("falls to {:.1f} ± {:.1f} points at width 128", *transfer_report.gain(mup2))
+    gains = [transfer_report.gain(row) for row in (rows["muP²", 16], plain, mup2)]
+    assert_said("SAM gains {:.1f} points at width 16", gains[0][0])
+    assert_said("at width 128 still {:.1f} ± {:.1f} points in SP and {:.1f} ± {:.1f} with", *gains[1], *gains[2])
+    for words, key in (
+        ("the best learning rate falls by a factor of {:.0f} with plain SAM and of {:.0f}", "lr"),
+        ("AdamW's best learning rate falls by a factor of {:.0f} in SP and of {:.0f} in muP", "alone_lr"),
+    ):
+        assert_said(words, *(rows[method, 16][key] / rows[method, 128][key] for method in TWO))
+    lost = [transfer_report.regret(row, 16) for row in (plain, mup2)]
+    words = "{:.1f} ± {:.1f} points at width 128 with plain SAM, and {:.1f} ± {:.1f} with muP²"
+    assert_said(f"Width 16's (lr, rho) loses {words}", *lost[0], *lost[1])
+    assert transfer_report.regret(plain, 32)[0] < 0
     assert_said("cannot tell the learning rates from {:.3g} to {:.3g} apart", *plain["lrs"])
-    assert_said("They prefer {:.3g}; on the reported seeds", plain["lr"])
-    assert_said("(lr, rho), {:.3g} and {:.3g}, is", *(rows["SP-naive", 32][key] for key in ("lr", "rho")))
-    loss, error = transfer_report.regret(plain, 32)
-    assert_said("is {:.1f} ± {:.1f} points better", -loss, error)
-    more = transfer_report.mean_error([a - b for a, b in zip(mup2["accuracies"], plain["kept"]["32"])])
-    assert_said("muP² reaches {:.1f} %, {:.1f} ± {:.1f} points more than plain SAM with", accuracy["muP²", 128], *more)
-    factors = [rows[method, 16]["alone_lr"] / rows[method, 128]["alone_lr"] for method in TWO]
-    assert_said("falls by a factor of {:.0f} in SP and of {:.0f} in muP", *factors)
+    assert plain["lrs"][1] == rows["SP-naive", 32]["lr"] and plain["rho"] == rows["SP-naive", 32]["rho"]
+    more = [
+        transfer_report.mean_error([a - b for a, b in zip(mup2["accuracies"], values)])
+        for values in (plain["accuracies"], plain["kept"]["32"])
+    ]
+    assert_said(
+        "muP² reaches {:.1f} %, {:.1f} ± {:.1f} points more than plain SAM, and", accuracy["muP²", 128], *more[0]
+    )
+    assert_said("and {:.1f} ± {:.1f} points more than plain SAM with width 32's", *more[1])
+    alone = transfer_report.mean_error([a - b for a, b in zip(mup2["alone"], plain["alone"])])
+    assert_said("AdamW reaches {:.1f} ± {:.1f} points more in muP than in SP", *alone)
     powers = [power_of_the_width(rows, method) for method in reversed(TWO)]
-    assert_said("moves as width^{:.2f}, that of plain SAM as width^{:.2f}", *powers)
+    assert_said("moves as width^{:.2f} with muP² and as width^{:.2f} with plain SAM", *powers)
 
 
 def test_sentences_about_the_variants():
