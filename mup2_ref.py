@@ -19,8 +19,8 @@ For (input, hidden, output) µP has b = (0, 1/2, 1) and c = (-1, 0, 1). µP² ad
 
 In practice (Algorithm 1) each tensor is compared with its counterpart in a narrow base model. Let r be the growth of
 fan_out / fan_in from the base model to this one. The tensor's radius (and SGD's learning rate) is multiplied by r, and
-its part of the joint norm by sqrt(r). At the base width all factors are 1 and µP² is plain SAM: the lr and the rho that
-were tuned there are right at every other width.
+its part of the joint norm by sqrt(r). At the base width all factors are 1 and µP² is plain SAM: by the theory the lr
+and the rho that were tuned there stay nearly the best at every other width.
 
 Left out here, and found in mup2_fused: compiled kernels, cheaper steps, 16-bit and distributed training, roles in any
 architecture, perturbing normalization layers only (SAM-ON), deepcopy and pickle, and errors that explain themselves.
@@ -41,7 +41,7 @@ from torch.optim import SGD, Optimizer
 ROLES = ("input", "hidden", "output")
 Triple = tuple[float, ...]  # one number for each role
 PARAMETERIZATIONS: dict[str, tuple[Triple, ...]] = {  # Table D.1: b, c for SGD, c for Adam if known
-    "sp": ((0, 0.5, 0.5), (0, 0, 0), (0, 0, 0)),  # standard: PyTorch's default
+    "sp": ((0, 0.5, 0.5), (0, 0, 0), (0, 0, 0)),  # standard: the exponents of PyTorch's default
     "sp-stable": ((0, 0.5, 0.5), (1, 1, 1)),
     "ntp": ((0, 0.5, 0.5), (0, 1, 1)),  # neural tangent
     "mup": ((0, 0.5, 1), (-1, 0, 1), (0, 1, 1)),  # maximal update

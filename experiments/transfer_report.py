@@ -100,14 +100,14 @@ def format_radii(rows: list[Row]) -> str:
 
 
 def format_summary(results: dict[str, list[Row]]) -> str:
-    """Markdown, a line per method: what the widest network of each result loses and reaches."""
+    """Markdown, a line per method: accuracies of the widest network of each result."""
     head, lines = [""], {method: [method] for rows in results.values() for method in methods(rows)}
     for title, rows in results.items():
-        narrow, wide = widths(rows)[0], widths(rows)[-1]
-        head += [f"{title}: regret at width {wide}", "accuracy %", "without SAM"]
+        narrow = f"{widths(rows)[0]}"
+        head += [f"{title}: width {narrow}'s (lr, rho)", "best (lr, rho)", "without SAM"]
         for method, cells in lines.items():
             row = of(rows, method)[-1]
-            cells += map(plus_minus, (regret(row, narrow), mean_error(row["accuracies"]), mean_error(row["alone"])))
+            cells += (plus_minus(mean_error(x)) for x in (row["kept"][narrow], row["accuracies"], row["alone"]))
     return markdown(head, [*lines.values()])
 
 

@@ -161,11 +161,9 @@ def test_readme_is_short():
     assert len([line for line in code.splitlines() if line]) <= 14
 
 
-RESULTS_TEXT = " ".join(TEXT["docs/results.md"].split())  # repeats numbers of its tables: they are computed again here
-
-
-def assert_said(sentence, *numbers):
-    assert sentence.format(*numbers) in RESULTS_TEXT
+def assert_said(sentence, *numbers, page="docs/results.md"):
+    """The pages repeat numbers of their tables in sentences; the tests below compute these numbers again."""
+    assert sentence.format(*numbers) in " ".join(TEXT[page].split())
 
 
 def transfer(name):
@@ -181,9 +179,11 @@ def power_of_the_width(rows, method):
 def test_sentences_about_fashion_mnist():
     rows, accuracy = transfer("fashion")
     wide = {method: row for (method, width), row in rows.items() if width == 1024}
-    for method in ("SP-naive", "muP-global"):
-        regrets = [transfer_report.regret(rows[method, width], 64)[0] for width in (128, 256, 512, 1024)]
-        assert regrets == sorted(regrets)
+    lost = {key: transfer_report.regret(row, 64)[0] for key, row in rows.items()}
+    four = ("muP-global", "muP-naive", "SP-naive", "muP²")
+    words = "{:.1f} points with muP-global, {:.1f} with muP-naive, {:.1f} with plain SAM, {:.1f} with muP², and nothing"
+    assert_said(words, *(lost[method, 1024] for method in four))
+    assert lost["SP-LP", 1024] == 0 and all(lost[method, 128] < lost[method, 1024] for method in four)
     for width in (128, 256, 512, 1024):
         best = max(accuracy[method, width] for method in wide)
         assert accuracy["muP²", width] == pytest.approx(best, abs=1e-9 if width != 256 else 0.01)
@@ -196,8 +196,9 @@ def test_sentences_about_fashion_mnist():
     assert {point("muP²", width) for width in (256, 512, 1024)} == {(0.01, 0.3162)}
     for method in ("SP-naive", "muP-naive"):
         assert (point(method, 128)[0], point(method, 1024)[0]) == (0.01, 0.0025)
-    radius = {width: transfer_report.largest_stable_rho(rows["muP²", width]) for width in (64, 512, 1024)}
-    assert 1.9 < radius[512] / radius[64] < 2.2 and radius[1024] < radius[512]
+    powers = [power_of_the_width(rows, method) for method in ("muP²", "SP-naive", "muP-naive")]
+    assert_said("grows as width^{:.2f}, that of plain SAM as width^{:.2f}. That of muP-naive", *powers)
+    assert_said("should fall as width^-0.5, and falls as width^{:.2f}", powers[2])
     assert_said("grows by a factor of {:.1f}", point("muP-global", 1024)[1] / point("muP-global", 64)[1])
 
 
@@ -210,8 +211,12 @@ def test_sentences_about_mnist1d():
     more = transfer_report.mean_error([a - b for a, b in pairs])
     assert_said("at width 1024 with {:.1f} %, {:.1f} ± {:.1f} points more than plain", accuracy["muP²", 1024], *more)
     pairs = itertools.product(("muP-naive", "muP-global"), wide[1:])
-    gains = [transfer_report.gain(rows[pair])[0] for pair in pairs]
-    assert_said("With muP-naive and muP-global, SAM gains {:.1f} points at most", max(gains))
+    gains = {pair: transfer_report.gain(rows[pair])[0] for pair in pairs}
+    assert_said("With muP-naive and muP-global, SAM gains {:.1f} points at most", max(gains.values()))
+    wider = [pair for pair in gains if pair[1] >= 512]
+    losses = sorted(-gains[pair] for pair in wider)
+    assert_said("At widths 512 and 1024 it loses {:.1f} to {:.1f} points", losses[0], losses[-1])
+    assert {(rows[pair]["lr"], rows[pair]["alone_lr"]) for pair in wider} == {(0.4, 0.8)}
     assert all(transfer_report.regret(rows["muP²", width], 128)[0] <= 0 for width in wide[1:])
     assert_said(
         "width 64's loses {:.1f} ± {:.1f} points at width 1024", *transfer_report.regret(rows["muP²", 1024], 64)
@@ -230,23 +235,19 @@ def test_sentences_about_mnist1d():
     assert radii[1024] == pytest.approx(radii[512], rel=0.02)
 
 
-def test_sentences_about_both_data_sets():
-    lost = {
-        method: [transfer_report.regret(transfer(name)[0][method, 1024], 64)[0] for name in ("fashion", "mnist1d")]
-        for method in METHODS
-    }
-    mup2 = lost.pop("muP²")
-    assert_said("loses {:.1f} points on Fashion-MNIST and {:.1f} on MNIST-1D with muP²", *mup2)
-    words = "plain SAM {:.1f}, muP-naive {:.1f}, muP-global {:.1f} and SP-LP {:.1f}"
-    worst = [max(lost[method]) for method in ("SP-naive", "muP-naive", "muP-global", "SP-LP")]
-    assert_said(words, *worst)
-    assert len(lost) == 4
-    readme = " ".join(TEXT["README.md"].split())
-    words = "muP² is the most accurate on both and loses {:.1f} points at most; each other method loses {:.1f} or more"
-    assert words.format(max(mup2), min(worst)) in readme
-    for name in ("fashion", "mnist1d"):
-        accuracy = transfer(name)[1]
-        assert max(METHODS, key=lambda method: accuracy[method, 1024]) == "muP²"
+def test_sentences_of_the_readme_about_both_data_sets():
+    """With width 64's (lr, rho), and with the best one."""
+    wide = {name: {m: transfer(name)[0][m, 1024] for m in METHODS} for name in ("fashion", "mnist1d")}
+    less = {m: [] for m in METHODS if m != "muP²"}
+    for (name, rows), method in itertools.product(wide.items(), less):
+        kept, best = (
+            statistics.fmean(a - b for a, b in zip(read(rows["muP²"]), read(rows[method])))
+            for read in (lambda row: row["kept"]["64"], lambda row: row["accuracies"])
+        )
+        assert min(kept, best) > 0
+        less[method].append(kept)
+    worst = min(map(max, less.values()))
+    assert_said("each other method reaches at least {:.1f} points less", worst, page="README.md")
 
 
 def test_sentences_about_the_resnet():
@@ -318,12 +319,27 @@ def test_sentences_about_the_variants():
 
 
 def test_sentences_of_the_readme_about_other_settings():
-    readme = " ".join(TEXT["README.md"].split())
     lost = lambda name, narrow, wide: [transfer_report.regret(transfer(name)[0][m, wide], narrow) for m in TWO]
     plain, mup2 = lost("vit", 16, 128)
-    assert "plain SAM loses {:.1f} ± {:.1f} points and muP² {:.1f} ± {:.1f} (ViT)".format(*plain, *mup2) in readme
+    words = "costs {:.1f} ± {:.1f} points with plain SAM and {:.1f} ± {:.1f} with muP² (ViT)"
+    assert_said(words, *plain, *mup2, page="README.md")
     plain, mup2 = lost("resnet", 4, 32)
-    assert plain[0] == 0 and "plain SAM nothing and muP² {:.1f} ± {:.1f} (ResNet-18)".format(*mup2) in readme
+    assert plain[0] == 0
+    assert_said("or nothing with plain SAM and {:.1f} ± {:.1f} with muP² (ResNet-18)", *mup2, page="README.md")
+
+
+def test_sentences_of_the_readme_about_cheaper_steps():
+    found = {name: {row["way"]: row for row in x["rows"]} for name, x in build.frontiers().items()}
+    (adamw,) = [rows for name, rows in found.items() if "AdamW" in build.frontiers()[name]["setting"]["title"]]
+    sgd = [rows for rows in found.values() if rows is not adamw]
+    factors = []
+    for way in ("interval-4", "interval-8"):
+        times_sam = [rows[way]["rho"] / rows["sam"]["rho"] for rows in sgd]
+        factors += [min(times_sam), max(times_sam)]
+    words = "`interval=4` at {:.0f} to {:.0f} times SAM's rho for about all of the gain, or `interval=8` at {:.0f} to"
+    assert_said(f"{words} {{:.0f}} times", *factors, page="README.md")
+    kept = [(rows["interval-4"]["kept"], rows["interval-4"]["kept_error"]) for rows in sgd]
+    assert all(share + error > 1 for share, error in kept) and adamw["momentum"]["kept"] > 0.9
 
 
 def test_sentences_about_the_picture_of_the_readme():

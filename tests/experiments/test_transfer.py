@@ -95,8 +95,8 @@ def test_the_search_finds_the_optima_and_what_transfers(command, tmp_path, capsy
     assert "| muP-naive | 0.261 | 0.0826 | 0.0261 | width^-0.50 |" in printed
     assert "at width 800 loses 0.0 ± 0.0 points with SP-naive, 12.0 ± 0.0 points with muP-naive" in printed
     head, _, _, line, *_ = transfer_report.format_summary({"A": rows, "B": rows}).splitlines()
-    assert head.startswith("|  | A: regret at width 800 | accuracy % | without SAM | B: regret at width 800 |")
-    assert line == "| muP-naive |" + 2 * " 12.0 ± 0.0 | 96.0 ± 0.6 | 91.0 ± 0.6 |"
+    assert head.startswith("|  | A: width 8's (lr, rho) | best (lr, rho) | without SAM | B: width 8's (lr, rho) |")
+    assert line == "| muP-naive |" + 2 * " 84.0 ± 0.6 | 96.0 ± 0.6 | 91.0 ± 0.6 |"
     assert (tmp_path / "transfer_mnist1d.png").stat().st_size > 20_000
 
 
