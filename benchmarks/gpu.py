@@ -112,8 +112,6 @@ def run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
         status = process.wait()
         file.seek(begin)
         lines = file.read().splitlines()
-    if stage.name == "tests" and status == 5:
-        return "skipped", "no test is marked cuda"
     shown = lines if stage.report else lines[-25:] if status else lines[-3:]
     print("\n".join(shown), flush=True)
     if stage.resumes and reason.startswith("not done"):

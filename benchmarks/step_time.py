@@ -204,7 +204,6 @@ def markdown_table(result: dict) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="on the CPU; default torch's")
     parser.add_argument("--rounds", type=int, default=30, help="at least 2")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -219,12 +218,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"error: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
-    knobs = {k: v for k, v in vars(args).items() if k not in ("out", "threads")}
+    knobs = {k: v for k, v in vars(args).items() if k != "out"}
     options = {name: kwargs for name, (_, kwargs) in BASES.items()}
     knobs |= {"warmup": WARMUP, "rho": RHO, "seed": SEED, "options": options}
     result = {"machine": machine(args.device), "knobs": knobs}

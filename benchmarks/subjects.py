@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from experiments.networks import ResNet18
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -18,17 +20,8 @@ def mlp(*sizes: int, bias: bool) -> Shapes:
 
 def resnet18(width: int = 1) -> Shapes:
     """For 1000 classes. width: factor on the channels of every layer."""
-
-    def conv(n: int, m: int, k: int) -> Shapes:
-        return [(n, m, k, k), (n,), (n,)]  # with batch normalization
-
-    m = 64 * width
-    shapes = conv(m, 3, 7)
-    for n in (64 * width, 128 * width, 256 * width, 512 * width):
-        shortcut = conv(n, m, 1) if n != m else []
-        shapes += conv(n, m, 3) + conv(n, n, 3) + shortcut + 2 * conv(n, n, 3)
-        m = n
-    return [*shapes, (1000, m), (1000,)]
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in ResNet18(64 * width, 1000, small_images=False).parameters()]
 
 
 def vit(d: int, patch: int = 16, blocks: int = 12) -> Shapes:

@@ -20,7 +20,6 @@ from experiments.commands import markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TIMES = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-KEY_TRANSFER = {"fashion": "Fashion-MNIST", "mnist1d": "MNIST-1D"}
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -58,10 +57,6 @@ def transfer_tables() -> dict[str, Callable[[], str]]:
         tables |= {f"{name}_radii": lambda rows=rows: transfer_report.format_radii(rows())}
         tables |= {f"{name}_caption": lambda rows=rows: caption(transfer_report.what_to_see(rows()))}
     return tables
-
-
-def key_transfer() -> str:
-    return transfer_report.format_summary({title: transfer_rows(name) for name, title in KEY_TRANSFER.items()})
 
 
 def demo_runs() -> dict[str, demo.Seen]:
@@ -103,29 +98,21 @@ def exponents() -> str:
     )
 
 
-def frontiers() -> dict[str, dict[str, Any]]:
-    """The results of experiments.frontier by the setting's name, as far as they are finished."""
-    paths = {name: RESULTS / f"frontier_{name}.json" for name in frontier.SETTINGS}
-    return {name: load(path) for name, path in paths.items() if path.exists()}
+FRONTIERS = {name: load(RESULTS / f"frontier_{name}.json") for name in frontier.SETTINGS}
 
 
-def frontier_table(name: str) -> str:
-    result = frontiers()[name]
-    return frontier_report.format_table(result["rows"], result["setting"]["wide"])
-
-
-def frontier_caption(name: str) -> str:
-    return caption(frontier_report.what_to_see(frontiers()[name]["rows"]))
+def frontier_tables() -> dict[str, Callable[[], str]]:
+    """By the setting's name: its table, and the sentence below its figure."""
+    tables: dict[str, Callable[[], str]] = {}
+    for name, result in FRONTIERS.items():
+        rows, wide = result["rows"], result["setting"]["wide"]
+        tables[f"frontier_{name}"] = partial(frontier_report.format_table, rows, wide)
+        tables[f"frontier_{name}_caption"] = lambda rows=rows: caption(frontier_report.what_to_see(rows))
+    return tables
 
 
 def frontier_summary(chosen: tuple[str, ...] = ()) -> str:
-    rows = {result["setting"]["title"]: result["rows"] for result in frontiers().values()}
-    return frontier_report.format_summary(rows, chosen)
-
-
-def frontier_transfer_table() -> str:
-    (path,) = RESULTS.glob("frontier_transfer_*.json")
-    return frontier_transfer.format_table(load(path)["rows"])
+    return frontier_report.format_summary({r["setting"]["title"]: r["rows"] for r in FRONTIERS.values()}, chosen)
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -157,11 +144,8 @@ def step_times() -> str:
     parts = []
     for result in step_time_results():
         about = result["machine"]
-        parts.append(
-            f"{about['device']}, {about['threads']} threads, {about['cpu_kernels']} kernels, torch {about['torch']}, "
-            f"measured on {about['date']}:"
-        )
-        parts.append(step_time.markdown_table(result))
+        kernels = f"{about['threads']} threads, {about['cpu_kernels']} kernels, torch {about['torch']}"
+        parts += [f"{about['device']}, {kernels}, measured on {about['date']}:", step_time.markdown_table(result)]
     return "\n\n".join(parts)
 
 
@@ -231,11 +215,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo_caption": demo_caption,
     "frontier": frontier_summary,
     "key_frontier": partial(frontier_summary, ("base", "momentum", "interval-8", "interval-4", "sam")),
-    **{f"frontier_{name}": partial(frontier_table, name) for name in frontiers()},
-    **{f"frontier_{name}_caption": partial(frontier_caption, name) for name in frontiers()},
-    "frontier_transfer": frontier_transfer_table,
+    **frontier_tables(),
+    "frontier_transfer": lambda: frontier_transfer.format_table(
+        load(RESULTS / "frontier_transfer_mnist1d-momentum.json")["rows"]
+    ),
     "demo": demo_table,
-    "key_transfer": key_transfer,
+    "key_transfer": lambda: transfer_report.format_summary(
+        {"Fashion-MNIST": transfer_rows("fashion"), "MNIST-1D": transfer_rows("mnist1d")}
+    ),
     "exponents": exponents,
     "step_times": step_times,
     "step_time_summary": step_time_summary,

@@ -66,20 +66,16 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
         return load_fashion_mnist(name, root)
     splits = cifar(name, folder(name, root))
     mean, std = (s[:, None, None] for s in colours(splits[0][0]))
-    return tuple(
-        (torch.from_numpy(((x / np.float32(255) - mean) / std).astype(np.float32)), torch.from_numpy(y))
-        for x, y in splits
-    )
+    scaled = lambda x: ((x / np.float32(255) - mean) / std).astype(np.float32)
+    return tuple((torch.from_numpy(scaled(x)), torch.from_numpy(y)) for x, y in splits)
 
 
 def loadable(text: str) -> str:
     """The type of a flag whose value is a name that load() knows."""
     noisy = NOISY.fullmatch(text)
-    names = FACTS.keys() - {"imagenet"}
+    names = sorted(FACTS.keys() - {"imagenet"})
     if (noisy[2] if noisy else text) not in names:
-        raise argparse.ArgumentTypeError(
-            f"{text} is none of {', '.join(sorted(names))}, after noisy- or noisy30- or not"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(names)}, after noisy- or noisy30- or not")
     return text
 
 

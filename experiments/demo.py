@@ -19,7 +19,6 @@ from typing import NamedTuple
 from experiments import figures
 from experiments.commands import at_least, command, start
 from experiments.sweep import METHODS, Place, Rows, Run, score, sweep
-from experiments.training import BACKENDS
 
 TITLES = {"SP-naive": "plain SAM", "muP-naive": "muP, one radius for all layers"}  # of methods, if not their names
 NETWORK, DATA, LR, EPOCHS = "mlp-adamw", "noisy-fashion-mnist-1k", 0.00125, 10
@@ -122,17 +121,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=at_least(0, float), default=LR, help="of every width; the default is the best one at width 64")
     add("--seeds", type=at_least(1, int), default=5)
     add("--jobs", type=at_least(1, int), default=2, help="runs at once")
-    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
     return parser.parse_args(argv)
 
 
 @command("the same command goes on where it stopped")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     points = itertools.product(range(args.seeds), args.methods, args.widths, args.rhos, [args.lr])
     runs = [run_at(*point) for point in points]
-    done = sweep(runs, args.out / "demo.jsonl", Place(backend=args.backend, jobs=args.jobs), "demo")
+    done = sweep(runs, args.out / "demo.jsonl", Place(jobs=args.jobs), "demo")
     results = [seen(done, method, args.widths, args.rhos, args.seeds, args.lr) for method in args.methods]
     plot(results, args.seeds, args.out / "demo.png")
     print(f"{sentence(results[0], results[-1])}\nfigure: {args.out / 'demo.png'}")

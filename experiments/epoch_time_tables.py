@@ -30,9 +30,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for r in rows:
         base, sam = r["ways"]["base"], r["ways"].get("fused") or r["ways"]["reference"]
-        epochs = [
-            three_digits(r["steps_per_epoch"] * way["step"]) if "step" in way else problem(way) for way in (base, sam)
-        ]
+        epochs = [three_digits(r["steps_per_epoch"] * w["step"]) if "step" in w else problem(w) for w in (base, sam)]
         sizes = [f"{r['width_multiplier']:g}", f"{r['parameters'] / 1e6:.3g} M", r["batch_size"]]
         lines.append([r["preset"], *sizes, *epochs, ratio(sam, base)])
     return markdown(head, lines)

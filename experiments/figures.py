@@ -32,15 +32,11 @@ def curve(axis: Any, width: int, points: dict[float, list[float]], **options: An
     """Mean over seeds, and a band of one standard deviation. points: x -> values over seeds."""
     import numpy as np
 
-    mean, std = (np.array([f(values) for values in points.values()]) for f in (statistics.fmean, deviation))
+    mean = np.array([statistics.fmean(values) for values in points.values()])
+    std = np.array([statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()])
     look = look_of(width)
     axis.plot(list(points), mean, markersize=5, linewidth=1.8, **look, **options)
     axis.fill_between(list(points), mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def deviation(values: list[float]) -> float:
-    """Standard deviation, 0 for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def star(axis: Any, width: int, x: float, y: float) -> None:

@@ -29,20 +29,7 @@ import torch
 from experiments.climb import Point, best_points
 from experiments.commands import at_least, command, read_json, start, write_json
 from experiments.frontier_report import BASE, LONGER, format_table, plot
-from experiments.sweep import (
-    ALONE,
-    BATCH,
-    NETWORKS,
-    WAYS,
-    Place,
-    Run,
-    add_place,
-    data_on,
-    read_runs,
-    score,
-    sweep,
-    trainings,
-)
+from experiments.sweep import ALONE, BATCH, NETWORKS, WAYS, Place, Run, add_place, data_on, score, sweep, trainings
 from experiments.training import check_device
 from experiments.transfer_report import mean_error
 
@@ -95,8 +82,8 @@ class Frontier:
         given = {key: value for key in ("width", "epochs", "seeds") if (value := getattr(args, key))}
         self.setting = setting = SETTINGS[name]._replace(**given)
         self.name, self.path = name, args.out / f"{self.file}_{name}.jsonl"
-        self.place = Place(device=args.device, backend=args.backend, jobs=args.jobs)
-        self.runs = read_runs(self.path)
+        self.place = Place(device=args.device, jobs=args.jobs)
+        self.runs: dict[Run, dict[str, Any]] = {}  # all that the file has, from the first train() on
         self.searched: dict[str, dict[Point, float]] = {}  # accuracies over CHOOSING, of each way's points
         network = NETWORKS[setting.network]
         can_momentum = network.momentum > 0 or network.base_optimizer == "adam"
@@ -161,18 +148,14 @@ class Frontier:
             if gain > 0:
                 kept = (mean - base) / gain
                 kept_error = math.hypot(error, kept * sam_error, (1 - kept) * base_error) / gain
-            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes(way), "accuracy": mean, "error": error}
+            passes = {BASE: 1.0, LONGER: 2.0}.get(way) or WAYS[way].passes
+            row = {"way": way, "lr": run.lr, "rho": run.rho, "passes": passes, "accuracy": mean, "error": error}
             rows.append(row | {"seeds": self.setting.seeds, "kept": kept, "kept_error": kept_error})
         return rows
 
 
 def reported(seeds: int) -> range:
     return range(len(CHOOSING), len(CHOOSING) + seeds)
-
-
-def passes(way: str) -> float:
-    """Per step of a training that has as many epochs as SAM's."""
-    return {BASE: 1.0, LONGER: 2.0}[way] if way in (BASE, LONGER) else WAYS[way].passes
 
 
 def times(frontier: Frontier, points: dict[str, Point], width: int, rounds: int) -> dict[str, float]:
@@ -197,15 +180,11 @@ def times(frontier: Frontier, points: dict[str, Point], width: int, rounds: int)
     return {way: statistics.median(r) * (2 if way == LONGER else 1) for way, r in ratios.items()}
 
 
-def known_times(path: Path) -> dict[str, dict[str, float]]:
-    if not path.exists():
-        return {}
-    return read_json(path, ("times",), "remove this file, and the same command measures its times again")["times"]
-
-
 def all_times(frontier: Frontier, points: dict[str, Point]) -> dict[str, dict[str, float]]:
     """Both kinds of times of each way. Those that a file has are not measured again."""
-    known, setting = known_times(frontier.path.with_suffix(".json")), frontier.setting
+    path, setting = frontier.path.with_suffix(".json"), frontier.setting
+    advice = "remove this file, and the same command measures its times again"
+    known = read_json(path, ("times",), advice)["times"] if path.exists() else {}
     if known.keys() == TIMED_ROUNDS.keys() and all(found.keys() >= points.keys() for found in known.values()):
         return known
     widths = {"time": setting.width, "wide_time": max(setting.width, setting.wide)}
@@ -216,11 +195,8 @@ def report(frontier: Frontier, points: dict[str, Point]) -> str:
     """Write the table and the figure. Returns the table."""
     path, known = frontier.path.with_suffix(".json"), all_times(frontier, points)
     rows = [row | {kind: known[kind][row["way"]] for kind in known} for row in frontier.rows(points)]
-    runs = [
-        frontier.runs[frontier.run(way, p, seed)]
-        for way, p in points.items()
-        for seed in reported(frontier.setting.seeds)
-    ]
+    seeds = reported(frontier.setting.seeds)
+    runs = [frontier.runs[frontier.run(way, p, seed)] for way, p in points.items() for seed in seeds]
     places = {key: sorted({row[key] for row in runs}) for key in ("device", "date")}
     write_json(path, {"setting": frontier.setting._asdict(), "rows": rows, "times": known} | places)
     plot(rows, heading(frontier.setting), frontier.path.with_suffix(".png"))
@@ -250,7 +226,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.settings:
         frontier = Frontier(name, args)
         points = frontier.search()

@@ -1,6 +1,5 @@
 """The table and the figure of experiments.frontier."""
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +107,7 @@ def plot(rows: list[Row], heading: str, path: Path) -> None:
     plt = figures.pyplot()
     figure, axis = plt.subplots(figsize=(8, 5.6), layout="constrained")
     by_way = {row["way"]: row for row in rows}
-    base, sam, longer = (by_way[way]["accuracy"] if way in by_way else math.inf for way in (BASE, "sam", LONGER))
+    base, sam, longer = (by_way[way]["accuracy"] for way in (BASE, "sam", LONGER))
     if longer < (low := base - abs(sam - base)):  # it would squeeze all other points together
         del by_way[LONGER]
         words = f"twice the epochs\nwithout SAM: {longer:.1f} ↓"

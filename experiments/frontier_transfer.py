@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.climb import Point
-from experiments.commands import DataError, at_least, command, markdown, read_json, start, write_json
+from experiments.commands import at_least, command, markdown, read_json, start, write_json
 from experiments.frontier import DECIDING, SETTINGS, Frontier, reported
 from experiments.sweep import METHODS, WAYS, add_place
 from experiments.training import check_device
@@ -47,8 +47,6 @@ class AtWidth(Frontier):
 def found_points(setting: str, ways: list[str]) -> dict[str, Point]:
     """The ways' best points at the width of experiments.frontier."""
     path, start = RESULTS / f"frontier_{setting}.json", SETTINGS[setting]
-    if not path.exists():
-        raise DataError(f"there is no {path}: `python -m experiments.frontier --settings {setting}` makes it")
     rows = {row["way"]: row for row in read_json(path, ("rows",), "restore this committed file")["rows"]}
     logs = {way: (math.log2(rows[way]["lr"] / start.lr), 2 * math.log2(rows[way]["rho"] / start.rho)) for way in ways}
     return {way: Point(round(lr), round(rho)) for way, (lr, rho) in logs.items()}
@@ -113,7 +111,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
     found = [row for method in args.methods for row in rows(args, method)]
     setting = SETTINGS[args.setting]
     setting = setting._replace(epochs=args.epochs or setting.epochs, seeds=args.seeds)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mup2_fused as mup2
 from experiments import data, networks
 from experiments.commands import at_least, reading, worker_processes
-from experiments.training import BACKENDS, Training, device_name
+from experiments.training import Training, device_name
 
 BATCH = 64
 HEADS = 4  # of the ViT, at every width
@@ -135,7 +135,6 @@ class Place(NamedTuple):
 
     root: str | None = None  # folder of the data
     device: str = "cpu"
-    backend: str = "auto"  # of mup2.SAM
     graph: bool = False  # SAM's whole iterations as one CUDA graph
     jobs: int = 2  # runs at once
 
@@ -145,7 +144,6 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--jobs", type=at_least(1, int), default=2, help="runs at once")
     add("--device", default="cpu")
-    add("--backend", choices=BACKENDS, default="auto", help="of the optimizer; torch needs no compiled part")
 
 
 @functools.cache
@@ -165,7 +163,7 @@ def make_network(name: str, width: int, x: Tensor, d_out: int, parameterization:
     return networks.ViT(width, 2, HEADS, tuple(image), patch, d_out, channels, base_head_dim=head_dim)
 
 
-def build(run: Run, x: Tensor, d_out: int, backend: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(run: Run, x: Tensor, d_out: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model on x's device, and SAM, or its base optimizer alone for rho 0."""
     alone = {name: Method(parameterization, "naive") for parameterization, name in ALONE.items()}
     method = alone.get(run.method) or ALL_METHODS[run.method]
@@ -183,13 +181,13 @@ def build(run: Run, x: Tensor, d_out: int, backend: str) -> tuple[nn.Module, tor
     if run.rho == 0:
         return model, kind(groups, **options)
     way = WAYS[run.way]
-    return model, mup2.SAM(groups, kind, backend=backend, interval=way.interval, ascent=way.ascent, **options)
+    return model, mup2.SAM(groups, kind, interval=way.interval, ascent=way.ascent, **options)
 
 
 def trainings(run: Run, train: data.Split, place: Place) -> tuple[Training, Training]:
     """Of one model, which share a scheduler: before SAM is used, and with SAM. The same one for the base optimizer."""
     x, y = train
-    model, optimizer = build(run, x, int(y.max()) + 1, place.backend)
+    model, optimizer = build(run, x, int(y.max()) + 1)
     steps = run.epochs * math.ceil(len(x) / BATCH)
     cosine = NETWORKS[run.network].schedule == "cosine"
     base = getattr(optimizer, "base_optimizer", optimizer)  # which makes every step, with SAM and before
@@ -255,6 +253,7 @@ def sweep(runs: list[Run], path: Path, place: Place, title: str) -> Rows:
     todo = sorted((run for run in dict.fromkeys(runs) if run not in done), key=lambda run: (run.seed, -cost(run)))
     if not todo:
         return done
+    path.parent.mkdir(parents=True, exist_ok=True)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
     with (
         worker_processes(place.jobs) as pool,

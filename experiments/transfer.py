@@ -34,20 +34,7 @@ from typing import Any, NamedTuple
 from experiments.climb import Point, best_points
 from experiments.commands import at_least, command, start, write_json
 from experiments.data import loadable
-from experiments.sweep import (
-    ALL_METHODS,
-    ALONE,
-    METHODS,
-    NETWORKS,
-    VARIANTS,
-    Place,
-    Run,
-    add_place,
-    data_on,
-    read_runs,
-    score,
-    sweep,
-)
+from experiments.sweep import ALONE, METHODS, NETWORKS, VARIANTS, Place, Run, add_place, data_on, score, sweep
 from experiments.training import check_device, has_kernels, is_cuda
 from experiments.transfer_report import COLLAPSE, format_radii, format_table, plot, what_to_see
 
@@ -94,11 +81,11 @@ class Transfer:
         self.reported = range(len(CHOOSING), len(CHOOSING) + args.seeds)
         self.place = Place(**{key: getattr(args, key) for key in Place._fields})
         self.path = args.out / f"transfer_{args.name or '_'.join(filter(None, (name, args.data)))}.jsonl"
-        self.runs = read_runs(self.path)
+        self.runs: dict[Run, dict[str, Any]] = {}  # all that the file has, from the first train() on
         self.best: dict[int, dict[str, Point]] = {}  # width -> method, or base optimizer alone -> its best point
 
     def alone(self, method: str) -> str:
-        return ALONE[ALL_METHODS[method].parameterization]
+        return ALONE[(METHODS | VARIANTS)[method].parameterization]
 
     def run(self, method: str, width: int, point: Point, seed: int) -> Run:
         """At the base width, all methods but the variants of SAM are the same one."""
@@ -228,7 +215,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--settings", nargs="+", choices=SETTINGS, default=["mnist1d"])
     add("--data", type=loadable, help="in place of the setting's, such as cifar10")
     add("--root", help="folder with the files of CIFAR or Fashion-MNIST")
-    add("--methods", nargs="+", choices=ALL_METHODS, help="in place of the setting's")
+    add("--methods", nargs="+", choices=METHODS | VARIANTS, help="in place of the setting's")
     add("--widths", nargs="+", type=at_least(1, int), help="in place of the setting's")
     add("--seeds", type=at_least(2, int), default=6, help="that are reported, after the three of the search")
     add("--epochs", type=at_least(1, int), help="in place of the setting's")
@@ -249,7 +236,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.settings:
         transfer = Transfer(name, args)
         data_on(transfer.setting.data, args.root, "cpu")

@@ -111,9 +111,7 @@ def test_table_of_scalings():
     model, base = mup2.MLP(5, 64, 3), mup2.MLP(5, 16, 3)
     found = {call: eval(call, {"exponents": mup2.exponents}) for call in calls}
     groups = {call: mup2.param_groups(model, base, e, lr=1.0, rho=1.0) for call, e in found.items()}
-    kinds = {
-        str([[g[k] for k in ("lr", "rho", "gradnorm_scaling", "variant")] for g in made]) for made in groups.values()
-    }
+    kinds = {str([[g[k] for k in ("lr", "rho", "gradnorm_scaling", "variant")] for g in m]) for m in groups.values()}
     assert len(found) == 9 and len(kinds) == 8, "Definition 4's norm is muP²'s own exponents"
     assert found['exponents("mup", (-0.5, (-0.5, 0.5, 1.5)))'].dl == mup2.exponents().dl
 
