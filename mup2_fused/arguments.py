@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,20 @@ import torch
 
 from mup2_ref import VARIANTS, known
 
+RATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}  # which rule they follow
 
-def check_arguments(params: Any, base_kwargs: dict[str, Any]) -> None:
-    """Errors for arguments that belong to another package's SAM, or that no SAM can obey."""
+
+class ScaledGroups(list[dict[str, Any]]):
+    """Groups of param_groups(). scaled_for: the rule of their learning rates, "" if this width does not change them."""
+
+    scaled_for = ""
+
+
+def check_arguments(params: Any, base: Any, base_kwargs: dict[str, Any]) -> None:
+    """Errors for arguments that belong to another package's SAM, or that no SAM can obey.
+
+    A warning for groups whose learning rates follow the rule of another base optimizer.
+    """
     if isinstance(params, torch.optim.Optimizer):
         raise TypeError(
             f"SAM makes its base optimizer: SAM(model.parameters(), torch.optim.{type(params).__name__}, lr=...)"
@@ -21,6 +33,13 @@ def check_arguments(params: Any, base_kwargs: dict[str, Any]) -> None:
         raise TypeError("adaptive=True is variant='elementwise' here")
     if base_kwargs.get("differentiable"):
         raise ValueError("SAM changes weights in place: leave out differentiable=True")
+    made_for = getattr(params, "scaled_for", "")
+    if made_for and isinstance(base, type) and (rule := RATES.get(base, made_for)) != made_for:
+        warnings.warn(
+            f"at this width {base.__name__} needs other learning rates than those of the groups: make them with "
+            f"param_groups(model, base, exponents(base_optimizer={rule!r}), ...)",
+            stacklevel=3,
+        )
 
 
 def check_base(base: Any) -> None:

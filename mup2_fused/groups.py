@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mup2_fused.arguments import ScaledGroups
 from mup2_fused.bases import Base
 from mup2_fused.layouts import LORA
 from mup2_fused.optimizer import SAM
 from mup2_fused.roles import Weight, describe
 from mup2_fused.theory import exponents
-from mup2_ref import MUP2, ROLES, Exponents, factors, initial_std, known
+from mup2_ref import MUP2, PARAMETERIZATIONS, ROLES, Exponents, factors, initial_std, known
 
 
 def param_groups(
@@ -47,7 +48,7 @@ def param_groups(
     matrices such as experts. There is one word for each dimension, and leading batch dimensions may be left out.
     Groups have params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb and variant. ValueError for an
     ambiguous role, an unknown name, or models that differ in more than their width. A warning lists raw vectors whose
-    role "input" is only assumed.
+    role "input" is only assumed. SAM warns if its base optimizer needs other learning rates: scaling says which one.
     """
     if lr is None and weight_decay:
         raise ValueError("with lr=None, pass weight_decay to the optimizer: SAM(groups, MuSGD, weight_decay=...)")
@@ -65,7 +66,17 @@ def param_groups(
         group = groups.setdefault(tuple(settings.values()), {"params": [], "names": []} | settings)
         group["params"].append(weight.parameter)
         group["names"].append(name)
-    return list(groups.values())
+    made = ScaledGroups(groups.values())
+    if lr is not None and any(group["lr"] != lr for group in made):
+        made.scaled_for = _rule(scaling)
+    return made
+
+
+def _rule(scaling: Exponents) -> str:
+    """Whose learning rates these exponents are for: "sgd" or "adam", "" for the user's own exponents."""
+    _, *rows = PARAMETERIZATIONS.get(scaling.parameterization, ((),))
+    of_table = dict(zip(("sgd", "adam"), rows)).get(scaling.base_optimizer)
+    return scaling.base_optimizer if scaling.c == of_table else ""
 
 
 def _warn_of_assumed(weights: dict[str, Weight]) -> None:

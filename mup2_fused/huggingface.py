@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from mup2_fused.arguments import RATES
 from mup2_fused.bases import Base
 from mup2_fused.groups import param_groups
 from mup2_fused.loops import random_states
@@ -22,7 +23,6 @@ from mup2_fused.optimizer import SAM
 from mup2_fused.sharded import Groups
 from mup2_fused.theory import exponents
 
-RATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}  # which rule they follow
 RHO = 0.05  # SAM's default
 
 

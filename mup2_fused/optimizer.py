@@ -76,8 +76,8 @@ class SAM(Saving):
         same_randomness: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        check_arguments(params, base_kwargs)
         check_base(base_optimizer)
+        check_arguments(params, base_optimizer, base_kwargs)
         if not isinstance(params, Tensor):  # torch refuses a tensor, and says why
             params = [dict(p) if isinstance(p, dict) else p for p in params]
         self.variant = variant_of([p for p in params if isinstance(p, dict)], variant)

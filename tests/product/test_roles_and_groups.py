@@ -4,6 +4,8 @@ That the factors are Algorithm 1's is in tests/reference, and that steps are Alg
 """
 
 import itertools
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -190,6 +192,29 @@ def test_non_uniform_widths_follow_the_spectral_rule():
 def test_adam_learning_rates_and_weight_decay():
     adam = exponents(base_optimizer="adam")
     assert factors(nn.Linear(32, 80), nn.Linear(8, 10), adam)["weight"][1] == 1 / M
+
+
+@pytest.mark.parametrize(
+    "scaling, width, base, named",
+    [
+        (MUP2, 64, torch.optim.AdamW, "adam"),
+        (exponents(base_optimizer="adam"), 64, torch.optim.SGD, "sgd"),
+        (MUP2, 64, torch.optim.SGD, None),
+        (exponents(base_optimizer="adam"), 64, torch.optim.Adam, None),
+        (MUP2, 16, torch.optim.AdamW, None),  # at the base width both rules are the same
+        (exponents("sp"), 64, torch.optim.AdamW, None),  # and in SP
+        (MUP2._replace(c=(0.0, 1.0, 1.0)), 64, torch.optim.AdamW, None),  # the user's own rule
+        (MUP2, 64, torch.optim.RMSprop, None),  # nobody knows this one's
+    ],
+)
+def test_learning_rates_for_another_base_optimizer(scaling, width, base, named):
+    groups = param_groups(MLP(5, width, 3), MLP(5, 16, 3), scaling, lr=0.1, rho=0.1)
+    assert type(pickle.loads(pickle.dumps(groups))) is type(groups)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        SAM(groups, base, lr=0.1)
+    texts = [f"{w.message}" for w in seen if w.filename == __file__]
+    assert len(texts) == bool(named) and all(f"base_optimizer='{named}'" in text for text in texts)
 
 
 @pytest.mark.parametrize("perturbation", ["naive", "global"])
