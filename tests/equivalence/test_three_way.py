@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_problems import equal, train_closure
+from small_problems import assert_close, equal, step_by, train_closure
 from torch import nn
 
 import mup2_fused
@@ -31,11 +31,6 @@ BASES = {
     "rmsprop": (torch.optim.RMSprop, dict(lr=0.01)),  # which has no kernel
 }
 SHAPES = [(300, 40), (7,), (20_001,), (3, 5, 2), (50,), (), (0,)]
-
-
-@pytest.fixture(params=mup2_ref.VARIANTS)
-def variant(request):
-    return request.param
 
 
 def optimizers(device, dtype, variant, base, **kwargs):
@@ -71,6 +66,7 @@ def backward(params, step=0):
         params[step % len(params)].grad = None
 
 
+@pytest.mark.parametrize("variant", mup2_ref.VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parameters_without_dimensions(device, dtype, variant):
     """Torch computes with numbers of no dimension in wider types than with tensors."""
@@ -85,6 +81,7 @@ def test_parameters_without_dimensions(device, dtype, variant):
     assert not equal(made["reference"][0], start)
 
 
+@pytest.mark.parametrize("variant", mup2_ref.VARIANTS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_twenty_steps(device, dtype, variant, base):
@@ -98,10 +95,7 @@ def test_twenty_steps(device, dtype, variant, base):
     made["float64"] = exact_params, mup2_ref.SAM(groups, kind_of_base, variant=variant, **kwargs)
     for step in range(20):
         for params, opt in made.values():
-            backward(params, step)
-            opt.first_step()
-            backward(params, step)
-            opt.second_step()
+            step_by("two steps", opt, partial(backward, params, step))
     results = {kind: [p.detach() for p in params] + moments(params, opt) for kind, (params, opt) in made.items()}
     assert equal(results["torch"], results["reference"]), "the torch backend has the reference's operations"
     if base in ("sgd", "momentum", "nesterov", "rmsprop") and dtype == torch.float32 and device == "cpu":
@@ -124,10 +118,7 @@ def test_each_loads_the_state_of_the_others(device, base, source):
         if step == 2:
             state = copy.deepcopy(opt.state_dict())
             at = [p.detach().clone() for p in params]
-        backward(params)
-        opt.first_step()
-        backward(params)
-        opt.second_step()
+        step_by("two steps", opt, partial(backward, params))
     for own in state["state"].values():
         assert torch.as_tensor(own.get("step", 0)).device.type == "cpu", "as torch saves it"
     for kind, (others, other) in made.items():
@@ -138,10 +129,7 @@ def test_each_loads_the_state_of_the_others(device, base, source):
             group |= {"rho": 9.0, "lr": 9.0}
         other.load_state_dict(copy.deepcopy(state))
         for _ in range(2):
-            backward(others)
-            other.first_step()
-            backward(others)
-            other.second_step()
+            step_by("two steps", other, partial(backward, others))
         for p, q in zip(params, others):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=kind)
 
@@ -163,7 +151,6 @@ def test_mup2_training_of_an_mlp(device, base_optimizer):
         assert losses[-1] < losses[0]
         trained[name] = [p.detach() for p in model.parameters()]
     assert equal(trained["torch"], trained["reference"])
-    for p, q in zip(trained["compiled"], trained["reference"]):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert_close(trained["compiled"], trained["reference"], rtol=1e-4, atol=1e-5)
     if base_optimizer == "sgd" and device == "cpu":
         assert equal(trained["compiled"], trained["reference"])

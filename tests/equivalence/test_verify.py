@@ -37,31 +37,17 @@ def test_the_bound_is_twice_the_references_error_and_one_unit():
     assert not verify.Row("update", "sam", "sgd", "torch", float("nan"), 1.0).passed
 
 
-def forget(optimizer):
-    optimizer.phase.backups = None
-
-
 @pytest.mark.parametrize("backend", verify.BACKENDS)
 def test_it_fails_when_something_is_wrong(backend, monkeypatch, capsys):
-    monkeypatch.setattr(mup2_fused.SAM, "restore", forget)
+    monkeypatch.setattr(mup2_fused.SAM, "restore", lambda opt: setattr(opt.phase, "backups", None))
     monkeypatch.setattr(verify, "STEPS", 2)
     assert verify.main(["--backend", backend]) == 1
     printed = capsys.readouterr().out
     assert re.search(rf"restore +sam +sgd +{backend} .*FAILED", printed) and "FAILED: " in printed
 
 
-def against(before, p):
-    """w - e where w + e is."""
-    p.copy_(2 * before - p)
-
-
-def flatten(before, p):
-    """w where w + e is."""
-    p.copy_(before)
-
-
 def after_climbing(change):
-    """SAM._climb, with which ascent by momentum goes wrong."""
+    """SAM._climb, with which ascent by momentum goes wrong. change(w, w + e) happens in place."""
     climb = mup2_fused.SAM._climb
 
     @torch.no_grad()
@@ -74,8 +60,8 @@ def after_climbing(change):
 
 
 MISTAKES = {  # name -> (attribute of SAM, its wrong value, the check that must fail)
-    "along the momentum": ("_climb", after_climbing(against), "momentum"),
-    "no climb by momentum": ("_climb", after_climbing(flatten), "momentum"),
+    "along the momentum": ("_climb", after_climbing(lambda before, p: p.copy_(2 * before - p)), "momentum"),
+    "no climb by momentum": ("_climb", after_climbing(lambda before, p: p.copy_(before)), "momentum"),
     "by another moment": ("moments", property(lambda opt: opt.moment and (opt.state, "exp_avg_sq")), "momentum"),
     "always SAM": ("climbs", True, "interval"),
     "never SAM": ("climbs", False, "interval"),

@@ -8,13 +8,12 @@ import sys
 import tarfile
 import zipfile
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
+from small_problems import ROOT
 
 import mup2_fused
 
-ROOT = Path(__file__).parents[2]
 RUN_SETUP = """
 import os, runpy, setuptools, sys
 sys.platform, setuptools.__version__ = os.environ["TEST_PLATFORM"], os.environ["TEST_SETUPTOOLS"]

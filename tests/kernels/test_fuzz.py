@@ -55,9 +55,7 @@ def configuration(rng):
     groups = []  # (positions of weights, options)
     for a, b in zip([0, *cut], [*cut, len(order)]):
         options = dict(rho=rng.choice([0.0, 0.01, 0.3]), gradnorm_scaling=rng.choice([0.5, 1.0, 3.0]))
-        options |= dict(
-            perturb=rng.random() < 0.8, lr=rng.choice([0.0, 0.01, 0.1]), weight_decay=rng.choice([0.0, 0.1])
-        )
+        options |= dict(perturb=rng.random() < 0.8, lr=rng.choice([0.0, 0.01, 0.1]), weight_decay=rng.choice([0, 0.1]))
         if not plain and rng.random() < 0.3:
             options["maximize"] = True
         groups.append((order[a:b], options))

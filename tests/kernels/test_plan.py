@@ -2,6 +2,7 @@
 
 import math
 from collections import UserDict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import mup2_ref
 from mup2_fused import _C
+from mup2_fused.compiled_passes import create_state
 
 
 class Optimizer:
@@ -27,13 +29,8 @@ class Optimizer:
         return self.plan.climb(groups, self.phase, variant, reduce, self.backups, state, moment)
 
     def descend(self, method="sgd", grad_scale=None, found_inf=None, skip_nonfinite=False, share=None):
-        options = (method, self.create, grad_scale, found_inf, skip_nonfinite, share)
+        options = (method, partial(create_state, self.base.state), grad_scale, found_inf, skip_nonfinite, share)
         return self.plan.descend(self.base.param_groups, self.base.state, self.phase, *options)
-
-    def create(self, p, keys):
-        for key in keys:
-            self.base.state[p][key] = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
-        return self.base.state[p]
 
 
 def parameters(device, sizes=(3, 9000, 0, 7)):

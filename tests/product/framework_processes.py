@@ -8,18 +8,7 @@ from functools import partial
 import torch
 from ddp_processes import launch, same_everywhere
 from small_problems import assert_close
-from test_frameworks import (
-    ACCELERATE,
-    CLASS,
-    EPOCHS,
-    PIECES,
-    execute,
-    fresh_accelerator,
-    names,
-    plain,
-    trainer,
-    weights,
-)
+from test_frameworks import ACCELERATE, CLASS, EPOCHS, PIECES, execute, names, new_accelerator, plain, trainer, weights
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 BATCH = 40  # in one process; half of it in each of two
@@ -60,7 +49,7 @@ def check_lightning(_, kind="Lit", pieces=32, clip=None):
 
 def check_accelerate(_):
     """Accelerate deals batches to processes in turn; its scheduler steps once per process."""
-    fresh_accelerator()
+    new_accelerator()
     space = problem()
     space["loader"] = DataLoader(space["samples"], BATCH // 2)
     execute(ACCELERATE.replace("Accelerator()", "Accelerator(cpu=True)"), space)

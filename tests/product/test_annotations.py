@@ -73,10 +73,6 @@ def test_annotations_accept_right_calls_and_refuse_wrong_ones(tmp_path):
     command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", *tmp_path.glob("*.py")]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = re.findall(r"(\w+)_usage.py:(\d+): error:", printed.stdout)
-    wrong = [
-        (name, str(n))
-        for name, text in sources.items()
-        for n, line in enumerate(text.splitlines(), 1)
-        if line.endswith("# wrong")
-    ]
+    lines = [(name, str(n), line) for name, text in sources.items() for n, line in enumerate(text.splitlines(), 1)]
+    wrong = [(name, n) for name, n, line in lines if line.endswith("# wrong")]
     assert set(found) == set(wrong) and len(wrong) == 24, printed.stdout + printed.stderr

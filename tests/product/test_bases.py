@@ -80,11 +80,6 @@ def test_making_the_base_model_draws_no_random_numbers():
     assert equal(*drawn)
 
 
-def resized(model, tokens):
-    model.resize_token_embeddings(tokens)
-    return model
-
-
 @pytest.mark.parametrize("width", [WIDTH, BASE])
 def test_other_numbers_of_tokens_and_labels(width):
     """They are no width, also at the base width. Position tables may differ."""
@@ -97,8 +92,10 @@ def test_other_numbers_of_tokens_and_labels(width):
     def base(**options):
         return hf.BertConfig(**shape | dict(hidden_size=BASE, max_position_embeddings=16) | options)
 
+    resized = language_model("Llama", width)
+    resized.resize_token_embeddings(53)
     for model, given, message in (
-        (resized(language_model("Llama", width), 53), config("Llama", BASE), "53 tokens and the base model 50.*vocab_"),
+        (resized, config("Llama", BASE), "53 tokens and the base model 50.*vocab_"),
         (language_model("Llama", width), config("Llama", BASE, vocab_size=40), "50 tokens and the base model 40"),
         (bert("SequenceClassification", num_labels=7), base(), "7 labels \\('classifier.*base model 2: .*num_labels"),
         (bert("TokenClassification"), base(num_labels=5), "2 labels \\('classifier.*base model 5"),
@@ -264,10 +261,8 @@ def test_numbers_of_a_model_inside():
     vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8)
 
     def llava(n, **numbers):
-        sides = dict(
-            text_config=config("Granite", n, **numbers), vision_config=hf.CLIPVisionConfig(patch_size=4, **vision)
-        )
-        return hf.LlavaConfig(**sides, image_token_index=3)
+        text, images = config("Granite", n, **numbers), hf.CLIPVisionConfig(patch_size=4, **vision)
+        return hf.LlavaConfig(text_config=text, vision_config=images, image_token_index=3)
 
     model = hf.LlavaForConditionalGeneration(llava(WIDTH))
     assert describe(model, llava(BASE))["lm_head.weight"].divisor == 1.0

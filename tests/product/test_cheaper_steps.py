@@ -15,6 +15,7 @@ from torch import nn
 
 import mup2_fused as mup2
 import mup2_ref
+from mup2_fused.loops import passes
 
 MOMENTA = [
     (torch.optim.SGD, dict(lr=0.05, momentum=0.9), "momentum_buffer"),
@@ -99,11 +100,7 @@ def test_ascent_against_the_momentum(SAM, base, kwargs, key, variant, form):
 
     def closure():
         calls.append(weights(params))
-        opt.zero_grad()
-        loss, g = gradients(params)
-        for p, own in zip(params, g):
-            p.grad = own
-        return loss
+        return closure_of(opt, params, bounded)()
 
     for step in range(6):
         moved = climbed(expected, [plain.state[p][key] for p in expected], -0.2, variant) if step else expected
@@ -134,17 +131,12 @@ def test_the_first_pass_on_a_part_of_the_batch(SAM, two_step, interval):
     mup2.train_epoch(models[0], opts[0], batches, ascent_samples=2)
     other, opt = models[1], opts[1]
     for step, (x, y) in enumerate(batches):
-        first = partial(backward, other, x[:2], y[:2])
+        closure = partial(backward, other, x, y)
 
-        def ascent(first=first):
+        def ascent():
             with mup2.frozen_buffers(other):
-                return first()
+                return backward(other, x[:2], y[:2])
 
-        def closure(x=x, y=y):
-            other.zero_grad()
-            return backward(other, x, y)
-
-        other.zero_grad()
         if not two_step:
             opt.step(closure, ascent)
             continue
@@ -195,14 +187,8 @@ def test_gradients_that_are_not_finite(SAM, way):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(4):
         before = weights(params)
-        passes = [lambda: scaler.scale(bounded(params)).backward()] * 2
-        opt.zero_grad()
-        if opt.moments:
-            opt.first_step()
-        passes[0]()
-        if not opt.moments and opt.first_step():
-            opt.zero_grad()
-            passes[1]()
+        closure = closure_of(opt, params, lambda params: scaler.scale(bounded(params)))
+        passes(opt, closure, closure)
         if step == 1:
             params[0].grad[0, 0] = math.inf
         scaler.step(opt)

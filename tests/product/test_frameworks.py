@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_problems import ROOT, blocks, equal
+from small_problems import ROOT, assert_close, blocks, equal
 from test_processes import run_script
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,9 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about wor
 
 PAGE = (ROOT / "docs" / "frameworks.md").read_text()
 USAGE = blocks("README.md")[0]
-LIT, PIECES, HALF, ACCELERATE, ACCELERATE_HALF = blocks("docs/frameworks.md")[
-    :5
-]  # tests/docs runs those for the Hugging Face Trainer
+# tests/docs runs those for the Hugging Face Trainer.
+LIT, PIECES, HALF, ACCELERATE, ACCELERATE_HALF = blocks("docs/frameworks.md")[:5]
 CLASS, _, _ = LIT.partition("lightning.Trainer(")
 EPOCHS = 3
 BASES = ["torch.optim.SGD, momentum=0.9", "torch.optim.AdamW, weight_decay=0.1"]
@@ -45,9 +44,9 @@ def _patched(request, monkeypatch, tmp_path):
     if "SAM" in request.fixturenames:
         monkeypatch.setattr(mup2, "SAM", request.getfixturevalue("SAM"))
     monkeypatch.setattr(lightning, "Trainer", partial(trainer, default_root_dir=tmp_path))
-    fresh_accelerator()
+    new_accelerator()
     yield
-    fresh_accelerator()
+    new_accelerator()
 
 
 def trainer(*, Trainer=lightning.Trainer, **kwargs):
@@ -55,7 +54,7 @@ def trainer(*, Trainer=lightning.Trainer, **kwargs):
     return Trainer(**dict(enable_checkpointing=False, devices=1) | kwargs | quiet | dict(max_epochs=EPOCHS))
 
 
-def fresh_accelerator():
+def new_accelerator():
     AcceleratorState._reset_state(True)  # which all of a process share
     GradientState._reset_state()
 
@@ -271,7 +270,7 @@ def test_accelerate_resumes_bit_for_bit(SAM, base, tmp_path):
     finished["accelerator"].save_state(str(tmp_path))
     saved = weights(finished)
     execute(another_epoch, finished)
-    fresh_accelerator()
+    new_accelerator()
     resumed = accelerated(names(seed=7, base=base), epochs=0)
     assert not equal(weights(resumed), saved)
     resumed["accelerator"].load_state(str(tmp_path))
@@ -297,8 +296,7 @@ def test_accelerate_accumulates_in_the_closure():
     accelerated(a, ACCELERATE.replace(backward, line))
     plain(b, epochs=1, every="batch", clip=1.0)
     assert sizes == [32, 8, 32, 8] and not equal(weights(a), start)
-    for p, q in zip(weights(a), weights(b), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    assert_close(weights(a), weights(b))
 
 
 def with_a_scaler(space, scale):
@@ -352,7 +350,7 @@ def test_accumulation_of_lightning_and_accelerate_is_refused(SAM):
     with pytest.raises(RuntimeError, match="leave gradient_accumulation_steps at 1"):
         accelerated(space, loop, gradient_accumulation_steps=5)
     assert equal(weights(space), weights(names())) and space["opt"].optimizer.phase.backups is None
-    fresh_accelerator()
+    new_accelerator()
     accelerated(space := names(), gradient_accumulation_steps=1)
     assert not equal(weights(space), weights(names()))
 

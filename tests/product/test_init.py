@@ -156,15 +156,13 @@ def with_norm(norm):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
 def test_old_hooks_that_normalize_weights_are_refused(norm):
-    build = with_norm(norm)
+    build, name = with_norm(norm), norm.__name__
     for call in (
         lambda: param_groups(build(WIDE), build(BASE), lr=1, rho=1),
         lambda: init_(build(BASE), build(BASE), zero_output=True, roles={"head.weight": "output"}),
         lambda: check(build, [8, 16]),
     ):
-        with pytest.raises(
-            ValueError, match=rf"'first.weight' is .* by torch.nn.utils.{norm.__name__}.*remove_{norm.__name__}"
-        ):
+        with pytest.raises(ValueError, match=rf"'first.weight' is .* by torch.nn.utils.{name}.*remove_{name}"):
             call()
     model, base = build(WIDE), build(BASE)
     for m in (model, base):
@@ -172,21 +170,18 @@ def test_old_hooks_that_normalize_weights_are_refused(norm):
     assert len(param_groups(model, base, lr=1, rho=1)) == 2, "frozen layers may have them"
 
 
-@pytest.mark.parametrize(
-    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
-)
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrizations_that_normalize_weights_are_refused(norm):
-    build = with_norm(norm)
-    with pytest.raises(
-        ValueError, match=r"'first.parametrizations.weight.original.* normalizes .*remove_parametrizations"
-    ):
+    build = with_norm(getattr(parametrizations, norm))
+    original = "'first.parametrizations.weight.original"
+    with pytest.raises(ValueError, match=rf"{original}.* normalizes .*remove_parametrizations"):
         param_groups(build(WIDE), build(BASE), lr=1, rho=1)
 
 
 class Plus(nn.Module):
-    def __init__(self, n, m, r=2):
+    def __init__(self, n, r=2):
         super().__init__()
-        self.lora_A, self.lora_B = nn.Parameter(torch.ones(r, m)), nn.Parameter(torch.zeros(n, r))
+        self.lora_A, self.lora_B = nn.Parameter(torch.ones(r, n)), nn.Parameter(torch.zeros(n, r))
 
     def forward(self, w):
         return w + self.lora_B @ self.lora_A
@@ -194,9 +189,7 @@ class Plus(nn.Module):
 
 def test_a_parametrization_that_adds_takes_the_role_of_the_weight():
     def build(n):
-        return nn.Sequential(
-            nn.Linear(20, n), parametrize.register_parametrization(nn.Linear(n, n), "weight", Plus(n, n))
-        )
+        return nn.Sequential(nn.Linear(20, n), parametrize.register_parametrization(nn.Linear(n, n), "weight", Plus(n)))
 
     original = "1.parametrizations.weight.original"
     with pytest.raises(ValueError, match=rf"'{original}'.* as LoRA does, the role is the weight's own"):
@@ -213,16 +206,13 @@ def test_a_parametrization_that_adds_takes_the_role_of_the_weight():
 
 def attention(n):
     """Vectors of both kinds."""
-    return Raw(
-        n, v=(n,), att_src=(1, 2, n), bias=(n,), gamma=(n, 1, 1), cls_token=(1, 1, n), pos_embed=(1, 5, n), a=(5,)
-    )
+    vectors = dict(v=(n,), att_src=(1, 2, n), bias=(n,), gamma=(n, 1, 1), cls_token=(1, 1, n), pos_embed=(1, 5, n))
+    return Raw(n, **vectors, a=(5,))
 
 
 def test_vectors_that_may_be_contracted_are_listed_once():
     model, base = attention(WIDE), attention(BASE)
-    with pytest.warns(
-        UserWarning, match=r"raw vectors count as 'input'.*: v, att_src\. .* roles=\{'v': 'output'\}"
-    ) as record:
+    with pytest.warns(UserWarning, match=r"count as 'input'.*: v, att_src\. .* roles=\{'v': 'output'\}") as record:
         param_groups(model, base, lr=1, rho=1)
     assert len(record) == 1 and record[0].filename == __file__
     with warnings.catch_warnings():

@@ -94,9 +94,7 @@ MODELS = {
         {"patch_embed.proj.weight"},
     ),
     "timm convnext": Model(
-        lambda n: timm.create_model(
-            "convnext_tiny", dims=(n, 2 * n, 2 * n, 2 * n), depths=(1, 1, 1, 1), num_classes=10
-        ),
+        lambda n: timm.create_model("convnext_tiny", dims=(n, *[2 * n] * 3), depths=(1, 1, 1, 1), num_classes=10),
         image,
         {"head.fc.weight"},
         {"stages.0.blocks.0.mlp.fc1.weight", "stages.1.downsample.1.weight"},

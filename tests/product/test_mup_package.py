@@ -222,7 +222,6 @@ def test_raw_parameters_mean_what_they_mean_to_mup():
 
 def test_init_of_raw_parameters():
     """A depthwise weight is an input layer, which keeps its values where its fan_in is not known."""
-    torch.manual_seed(0)
     model = mup.set_base_shapes(Raw(WIDE), Raw(BASE), delta=Raw(2 * BASE, 2 * BASE))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     init_(model, gain=1.0, roles={"up.weight": "input"})

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from small_problems import Raw, Tied, by_name
+from small_problems import VARIANTS, Raw, Tied, by_name
 from torch import nn
 
 from mup2_fused import MLP, SAM, exponents, init_, param_groups, predict, report
@@ -18,13 +18,8 @@ from mup2_ref import MUP2
 
 BASE, WIDE, M = 8, 32, 4
 PERTURBATIONS = ("naive", "global", "effective", "balanced", "first-layer", (0.3, (1, 2, 3)))
-VARIANTS = ("sam", "elementwise", "layerwise")
-INPUT, HIDDEN, OUTPUT, FINITE = (
-    ("input", M, M, M**0.5),
-    ("hidden", 1, 1, 1),
-    ("output", 1 / M, 1 / M, M**-0.5),
-    ("finite", 1, 1, 1),
-)
+INPUT, HIDDEN = ("input", M, M, M**0.5), ("hidden", 1, 1, 1)
+OUTPUT, FINITE = ("output", 1 / M, 1 / M, M**-0.5), ("finite", 1, 1, 1)
 
 
 def factors(model, base, scaling=MUP2, **kwargs):
@@ -183,15 +178,11 @@ def test_non_uniform_widths_follow_the_spectral_rule():
     found = factors(model, base)
     assert found["1.weight"] == pytest.approx(("hidden", 2, 2, 2**0.5))  # r = (80/10) / (32/8)
     assert found["2.weight"] == pytest.approx(("output", 1 / 8, 1 / 8, 8**-0.5))
+    assert factors(model, base, exponents(base_optimizer="adam"))["1.weight"][1] == 1 / M
     assert factors(model, base, exponents("mup", "naive"))["1.weight"][2:] == (1, 1)
     for scaling in (exponents(norm="joint"), exponents("mup", "global")):
         with pytest.raises(ValueError, match="one width"):
             param_groups(model, base, scaling, lr=1, rho=1)
-
-
-def test_adam_learning_rates_and_weight_decay():
-    adam = exponents(base_optimizer="adam")
-    assert factors(nn.Linear(32, 80), nn.Linear(8, 10), adam)["weight"][1] == 1 / M
 
 
 @pytest.mark.parametrize(

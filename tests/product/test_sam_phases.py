@@ -7,18 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from small_problems import (
-    assert_close,
-    backward,
-    classification,
-    closure_of,
-    equal,
-    parameters,
-    set_gradients,
-    twins,
-    two_steps,
-    weights,
-)
+from small_problems import backward, classification, closure_of, equal, parameters, set_gradients, two_steps, weights
 from torch import nn
 
 import mup2_fused as mup2
@@ -210,7 +199,7 @@ def test_the_variant_comes_from_groups_or_argument(SAM):
     with pytest.raises(ValueError, match="different variants"):
         opt.add_param_group(adaptive())
     with pytest.raises(ValueError, match="different variants"):
-        SAM(params, lr=0.1).load_state_dict(SAM(twins(params), variant="elementwise", lr=0.1).state_dict())
+        SAM(params, lr=0.1).load_state_dict(SAM(parameters(), variant="elementwise", lr=0.1).state_dict())
 
 
 def test_closure_runs_twice_and_the_first_loss_is_returned(SAM):
@@ -258,7 +247,7 @@ def test_learning_rates_that_are_no_floats(SAM, lr):
     opt.param_groups[0]["lr"] = lr
     before = weights(params)
     two_steps(opt, params)
-    assert_close(params, [w - 0.5 * p.grad for p, w in zip(params, before)], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(params, [w - 0.5 * p.grad for p, w in zip(params, before)], rtol=1e-5, atol=1e-6)
 
 
 def test_replaced_state_is_used(SAM):

@@ -44,9 +44,7 @@ def info(request):
 def inputs(info):
     """(options, how they are called) of that suite, each also with foreach and fused where the CPU has them."""
     plain = [(given.kwargs, given.desc) for given in info.optim_inputs_func(device="cpu")]
-    flags = [{}] + [
-        {flag: value} for flag in info.supported_impls if flag != "differentiable" for value in (True, False)
-    ]
+    flags = [{}] + [{flag: on} for flag in info.supported_impls if flag != "differentiable" for on in (True, False)]
     return [(copy.deepcopy(kwargs) | flag, f"{desc} {flag}") for kwargs, desc in plain for flag in flags]
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_problems import BASES, VARIANTS, assert_close, backward, classification, equal, weights
+from small_problems import BASES, VARIANTS, assert_close, backward, classification, equal, step_by, weights
 from torch import nn
 
 import mup2_fused as mup2
@@ -24,10 +24,7 @@ def test_train_epoch_is_a_plain_loop(SAM):
         loss = mup2.train_epoch(model, a, batches, scheduler=schedulers[0])
         losses = []
         for batch in batches:
-            losses.append(backward(other, *batch))
-            b.first_step()
-            backward(other, *batch)
-            b.second_step()
+            losses.append(step_by("two steps", b, partial(backward, other, *batch)))
             schedulers[1].step()
         assert model.training and torch.equal(loss, torch.stack(losses).mean())
     with pytest.raises(ValueError, match="no batches"):

@@ -74,9 +74,9 @@ def test_state_and_settings(alone, what, kind):
     assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [torch._to_functional_tensor, lambda x: torch.nested.nested_tensor([x])])
+@pytest.mark.parametrize("wrap", [torch._to_functional_tensor, lambda x: torch.nested.nested_tensor([x]), torch.t])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_wrappers_that_torch_cannot_use_are_errors_and_nothing_stays_perturbed(SAM, wrap):
+def test_state_that_torch_cannot_use_is_an_error_and_nothing_stays_perturbed(SAM, wrap):
     params = parameters()
     opt = SAM(params, lr=0.1, rho=0.5, momentum=0.9)
     two_steps(opt, params)

@@ -75,9 +75,7 @@ def test_the_same_groups_as_the_product(width, hidden):
         base = net(8)
     names = itertools.product(mup2_ref.PARAMETERIZATIONS, mup2_ref.PERTURBATIONS, mup2_ref.VARIANTS)
     compared = 0
-    for (row, norm), base_optimizer in itertools.product(
-        itertools.product(names, ("decoupled", "joint")), ("sgd", "adam")
-    ):
+    for row, norm, base_optimizer in itertools.product(names, ("decoupled", "joint"), ("sgd", "adam")):
         if base_optimizer == "adam" and row[0] not in ("sp", "mup"):
             continue
         scaling = mup2_ref.exponents(*row, base_optimizer=base_optimizer, norm=norm)
@@ -124,11 +122,9 @@ def test_initial_weights(parameterization, output_scale):
 
 def test_initial_weights_of_a_layer_whose_fans_grow_differently():
     """In muP std is multiplied by min(1, sqrt(fan_out / fan_in)), for hidden layers only."""
-    std = lambda fan_out, fan_in, name="mup": mup2_ref.initial_std(
-        mup2_ref.Growth(fan_out, fan_in), mup2_ref.exponents(name)
-    )
+    std = lambda *fans, name="mup": mup2_ref.initial_std(mup2_ref.Growth(*fans), mup2_ref.exponents(name))
     assert std(2, 4) == pytest.approx(0.5 * 0.5**0.5) and std(4, 2) == pytest.approx(0.5**0.5)
-    assert std(2, 4, "sp") == 0.5 and std(0.5, 1) == 1 and std(1, 4) == 0.25
+    assert std(2, 4, name="sp") == 0.5 and std(0.5, 1) == 1 and std(1, 4) == 0.25
 
 
 def test_algorithm_1_from_the_mup_package():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_problems import closure_of, parameters
+from small_problems import closure_of, parameters, step_by
 from torch import nn
 
 import mup2_ref
@@ -26,13 +26,8 @@ def numpy_step(weights, variant, rhos, scalings, perturbed):
         "elementwise": [np.abs(w) for w in weights],
         "layerwise": [np.full_like(w, math.sqrt((w**2).sum())) for w in weights],
     }[variant]
-    total = sum(
-        (scalings[i] * t * g) ** 2 for i in perturbed for t, g in zip(T[i].ravel(), gradient[i].ravel(), strict=True)
-    )
-    return [
-        rhos[i] * T[i] ** 2 * g / math.sqrt(total) if i in perturbed else np.zeros_like(g)
-        for i, g in enumerate(gradient)
-    ]
+    total = sum((scalings[i] * t * g) ** 2 for i in perturbed for t, g in zip(T[i].flat, gradient[i].flat, strict=True))
+    return [rhos[i] * T[i] ** 2 * g / math.sqrt(total) if i in perturbed else 0 * g for i, g in enumerate(gradient)]
 
 
 @pytest.mark.parametrize("variant", mup2_ref.VARIANTS)
@@ -156,10 +151,7 @@ def test_schedulers_and_checkpoints_see_one_optimizer():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
-        closure_of(opt, params)()
-        opt.first_step()
-        closure_of(opt, params)()
-        opt.second_step()
+        step_by("two steps", opt, closure_of(opt, params))
         scheduler.step()
     assert opt.base_optimizer.param_groups[0]["lr"] == 0.05
     opt.step(closure_of(opt, params))
