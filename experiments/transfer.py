@@ -7,11 +7,11 @@
                                                             on all images, each SAM step as one CUDA graph
 
 At every width each method's best (lr, rho) is searched on a grid, whose steps are factors of 2 for lr and quarter
-decades for rho: first with one seed, then with three, and at the two narrowest widths (vit: at all) with nine, until
-all neighbours are worse, so that no best point lies on an edge. The search begins at the best point of the next
-narrower width. All that is reported comes from six other seeds: the accuracy at the best point, at the best points of
-the two narrowest widths, without SAM (whose lr is searched in the same way), and next to the best rho. Three of these
-seeds are trained at larger radii, too, until the accuracy has collapsed. Every finished run is appended to
+decades for rho: first with one seed, then with three, and at the two narrowest widths (resnet and vit: at all) with
+nine, until all neighbours are worse, so that no best point lies on an edge. The search begins at the best point of the
+next narrower width. All that is reported comes from six other seeds: the accuracy at the best point, at the best points
+of the two narrowest widths, without SAM (whose lr is searched in the same way), and next to the best rho. Three of
+these seeds are trained at larger radii, too, until the accuracy has collapsed. Every finished run is appended to
 OUT/transfer_NAME.jsonl: the same command goes on where it was interrupted, and only draws and prints where nothing is
 missing.
 
@@ -62,7 +62,7 @@ TWO = ("SP-naive", "muP²")
 SETTINGS = {
     "mnist1d": Setting("mlp", "mnist1d", (64, 128, 256, 512, 1024), 60, 0.4, 0.3162),
     "fashion": Setting("mlp-base-64", "noisy30-fashion-mnist-1k", (64, 128, 256, 512, 1024), 60, 0.005, 0.1778),
-    "resnet": Setting("resnet-28", "noisy30-fashion-mnist-1k", (4, 8, 32), 30, 0.05, 0.1778, TWO),
+    "resnet": Setting("resnet-28", "noisy30-fashion-mnist-1k", (4, 8, 32), 30, 0.05, 0.1778, TWO, nine=3),
     "vit": Setting("vit-28", "noisy30-fashion-mnist-1k", (16, 32, 128), 40, 0.005, 0.1, TWO, nine=3),
     "table2": Setting("resnet-28", "noisy30-fashion-mnist-1k", (16,), 30, 0.2, 0.1778, (*TWO, *VARIANTS), (0, -2), 0),
 }
