@@ -17,19 +17,20 @@ from mup2_fused.optimizer import SAM
 def capture(
     step: Callable[..., Any], model: nn.Module, optimizer: SAM, *inputs: Tensor, warmup: int = 3
 ) -> Callable[..., Any]:
-    """step(*inputs), one iteration with optimizer.step(closure) or both steps, as a function that replays it on a GPU.
+    """Record step(*inputs), one iteration with optimizer.step(closure) or both steps, as a CUDA graph.
 
-    The function takes tensors of the shapes and types of inputs, copies them to where the graph reads them, and returns
-    what step returned: tensors that the next call overwrites. step must not look at values on the host (no .item(), no
-    print) nor depend on anything else that changes. Learning rates become float32 tensors on the GPU, which schedulers
-    change in place; rho, momentum and the other settings are fixed from here on. Load checkpoints and make schedulers
-    before.
+    Returns a function that replays the graph. It takes tensors of the shapes and types of inputs, copies them to where
+    the graph reads them, and returns what step returned: tensors that the next call overwrites. step must not look at
+    values on the host (no .item(), no print) nor depend on anything else that changes. Learning rates become float32
+    tensors on the GPU, which schedulers change in place; rho, momentum and the other settings are fixed from here on.
+    Load checkpoints and make schedulers before.
 
     step runs warmup times and once more to be captured, twice if the optimizer has an interval: a graph for SAM steps,
     and one for steps without SAM. What these runs do to weights, buffers, state, skipped_steps and random numbers is
     undone, also if one fails. Nothing else is undone, such as the scale of a GradScaler.
-    TypeError if the optimizer has no compiled passes. ValueError if its base is not SGD, Adam or AdamW, or inputs are
-    not on a GPU. RuntimeError between the passes.
+    TypeError if the optimizer has no compiled passes. ValueError for a base other than SGD, Adam and AdamW, for
+    amsgrad, for hooks of the base, for same_randomness, and for inputs that are not on a GPU. RuntimeError between the
+    passes.
     """
     check(optimizer, inputs, warmup)
     static = [x.clone() for x in inputs]

@@ -36,9 +36,9 @@ def param_groups(
     """Groups for SAM, or for any torch optimizer, with the lr, rho and gradnorm_scaling of this width.
 
     base: the same architecture at the base width, where lr and rho were tuned. A dimension in which the models differ
-    is a width. At the base width every factor is 1. It is a model, which may live on the meta device; or, to make one
-    there, a function without arguments or a config of the model's class in transformers. None: the model went through
-    mup.set_base_shapes() of the mup package, and its p.infshape is read.
+    is a width. At the base width every factor is 1. base may be a model, also on the meta device. It may be a function
+    without arguments, or a config of transformers: the base model is then made on the meta device. None: the model went
+    through mup.set_base_shapes() of the mup package, and its p.infshape is read.
     lr: None leaves lr and weight_decay to an optimizer that scales them by itself, such as mup.MuSGD or mup.MuAdam.
     weight_decay: lr * weight_decay is the same at every width.
     perturb: "all", "norm" (only normalization layers: SAM-ON), or a function (name, parameter) -> bool. Where some
@@ -48,7 +48,8 @@ def param_groups(
     matrices such as experts. There is one word for each dimension, and leading batch dimensions may be left out.
     Groups have params, names, role, lr, weight_decay, rho, gradnorm_scaling, perturb and variant. ValueError for an
     ambiguous role, an unknown name, or models that differ in more than their width. A warning lists raw vectors whose
-    role "input" is only assumed. SAM warns if its base optimizer needs other learning rates: scaling says which one.
+    role "input" is only assumed. scaling also says for which base optimizer the learning rates are, as in
+    exponents(base_optimizer="adam"): SAM warns if it gets another one.
     """
     if lr is None and weight_decay:
         raise ValueError("with lr=None, pass weight_decay to the optimizer: SAM(groups, MuSGD, weight_decay=...)")
@@ -167,8 +168,9 @@ def init_(
 ) -> nn.Module:
     """Draw the initial weights of an existing model in place, and return the model.
 
-    Matrices are drawn with standard deviation gain / sqrt(fan_in) at the base width and n^(-b_l) times that elsewhere;
-    their biases become 0. Raw matrices are drawn, too, if their role is hidden or output, or if roles= says a layout.
+    Matrices are drawn with standard deviation gain / sqrt(fan_in) at the base width. At n times the base width, in muP,
+    it is 1 (input), n^(-1/2) (hidden) or 1/n (output) times that: n^(-b_l) of Definition 4. Their biases become 0. Raw
+    matrices are drawn, too, if their role is hidden or output, or if roles= says a layout.
     gain: as in torch.nn.init.calculate_gain, sqrt(2) for ReLU. Embeddings, normalizations and other vectors need no
     scale and keep their values. So do raw parameters of the role "input", frozen parameters (freeze what is not to be
     drawn), and those matrices of LoRA that are zero.

@@ -95,7 +95,7 @@ def train_epoch(
 
     optimizer: any torch optimizer. This package's SAM and mup2_ref.SAM get the passes that they need for each batch.
     batches: (inputs, targets). scheduler: steps after every batch. autocast: context for the forward passes, such as
-    partial(torch.autocast, "cuda", torch.bfloat16). scaler: of the loss, for float16; with this package's SAM only.
+    partial(torch.autocast, "cuda", torch.bfloat16). scaler: a GradScaler, for float16; not with mup2_ref.SAM.
     ascent_samples: this package's SAM takes the first pass over so many samples of each batch. The model's buffers,
     such as batch norm statistics, then come from the second pass, which takes all of them.
     ValueError without batches, and where ascent_samples has no first pass.

@@ -43,8 +43,8 @@ class SAM(Saving):
     the adaptive variants it is relative to the weights.
     variant: "sam" (T = 1), "elementwise" (|w|) or "layerwise" (||w||_F); by default the groups' own.
     base_optimizer: a class, or a function that makes an optimizer from groups, such as mup.MuSGD. It gets base_kwargs.
-    interval: every so many steps is a SAM step, and the others are the base optimizer's own. A longer interval needs a
-    larger rho.
+    interval: with interval=k, steps 1, k + 1, 2k + 1 and so on are SAM steps, and the others are the base optimizer's
+    own. A longer interval needs a larger rho.
     ascent: "gradient", or "momentum": e = -rho_l T² v_l / norm, where v is the base optimizer's first moment and takes
     the place of g in the norm (Becker et al. 2024). No first pass is needed then. In the first step e is 0.
     backend: "compiled" uses the kernels, "torch" torch's operations, "auto" the kernels where they can be used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         report = check(factory, args.pop("widths"), groups=own, progress=_progress(), **args)
     except (ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # noqa: BLE001 - of the factory or the loss, whatever it is
+        traceback.print_exc()
         return 2
     print(report)
     if picture:

@@ -92,8 +92,8 @@ def test_cheaper_steps_written_out(base, way):
     groups, same = (mup2.param_groups(m, base_model, scaling, lr=0.01, rho=0.1) for m in (model, other))
     kwargs = dict(momentum=0.9) if base is torch.optim.SGD else {}
     opt = mup2.SAM(groups, base, **way, **kwargs)
-    names = {"torch": torch, "steps": 10, "base": base(same, **kwargs)}
-    names["closure"] = train_closure(names["base"], other, x.double(), y)
+    names = {"torch": torch, "steps": 10, "base_optimizer": base(same, **kwargs)}
+    names["closure"] = train_closure(names["base_optimizer"], other, x.double(), y)
     *_, functions, interval, momentum = blocks("docs/cheaper-sam.md")
     code = functions + (interval if "interval" in way else momentum)
     exec(code if base is torch.optim.SGD else code.replace("momentum_buffer", "exp_avg"), names)

@@ -166,6 +166,14 @@ def transfer(name):
     return rows, {key: transfer_report.mean_error(row["accuracies"])[0] for key, row in rows.items()}
 
 
+def transfer_means(name):
+    """{(method, width, lr, rho): the mean accuracy of all seeds} of the runs of experiments.transfer."""
+    runs, found = sweep.read_runs(RESULTS / f"transfer_{name}.jsonl"), {}
+    for run in runs:
+        found.setdefault((run.method, run.width, run.lr, run.rho), []).append(sweep.score(runs, run))
+    return {key: statistics.fmean(values) for key, values in found.items()}
+
+
 def power_of_the_width(rows, method):
     return transfer_report.power_of_the_width(transfer_report.of([*rows.values()], method))
 
@@ -211,6 +219,10 @@ def test_sentences_about_mnist1d():
     losses = sorted(-gains[pair] for pair in wider)
     assert_said("At widths 512 and 1024 it loses {:.1f} to {:.1f} points", losses[0], losses[-1])
     assert {(rows[pair]["lr"], rows[pair]["alone_lr"]) for pair in wider} == {(0.4, 0.8)}
+    tried = transfer_means("mnist1d")
+    for method, width in wider:
+        radii = {rho: mean for (m, w, lr, rho), mean in tried.items() if (m, w, lr) == (method, width, 0.8)}
+        assert len(radii) >= 2 and max(radii.values()) < tried["muP-SGD", width, 0.8, 0.0]
     assert all(transfer_report.regret(rows["muP²", width], 128)[0] <= 0 for width in wide[1:])
     assert_said(
         "width 64's loses {:.1f} ± {:.1f} points at width 1024", *transfer_report.regret(rows["muP²", 1024], 64)

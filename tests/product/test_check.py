@@ -320,6 +320,8 @@ def test_command(tmp_path, monkeypatch, capsys):
         "def with_loss(n):\n"
         "    x = torch.randn(8, 6)\n"
         "    return mup2.MLP(6, n, 3), lambda model: model(x).square().mean()\n"
+        "def broken(n):\n"
+        "    raise RuntimeError('no such layer')\n"
         "def groups(model):\n"
         "    return [dict(params=list(model.parameters()), lr=0.1, rho=0.1)]\n"
     )
@@ -343,8 +345,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "at least two widths" in capsys.readouterr().err
     assert command.main(["my_model:factory", *options, "--lr", "1e9"]) == 2
     assert "lower lr or rho" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="module:name"):
-        command.main(["my_model"])
+    assert command.main(["my_model:broken", *options]) == 2
+    assert "Traceback" in (said := capsys.readouterr().err) and "no such layer" in said
+    for name, words in {"my_model": "expected module:name", "my_model:model": "must be importable from here"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            command.main([name])
+        assert words in capsys.readouterr().err
 
 
 def test_a_raw_vector_of_a_larger_module_counts_by_itself():
