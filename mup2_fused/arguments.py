@@ -15,15 +15,20 @@ RATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "a
 
 
 class ScaledGroups(list[dict[str, Any]]):
-    """Groups of param_groups(). scaled_for: the rule of their learning rates, "" if this width does not change them."""
+    """Groups of param_groups().
 
-    scaled_for = ""
+    scaled_for: the rule of their learning rates, "" if this width does not change them. given: the lr and weight_decay
+    from which they are made, if any.
+    """
+
+    scaled_for, given = "", dict[str, float]()
 
 
 def check_arguments(params: Any, base: Any, base_kwargs: dict[str, Any]) -> None:
     """Errors for arguments that belong to another package's SAM, or that no SAM can obey.
 
-    A warning for groups whose learning rates follow the rule of another base optimizer.
+    A warning for groups whose learning rates follow the rule of another base optimizer, and for options that have no
+    effect because the groups of param_groups() have their own.
     """
     if isinstance(params, torch.optim.Optimizer):
         raise TypeError(
@@ -31,9 +36,16 @@ def check_arguments(params: Any, base: Any, base_kwargs: dict[str, Any]) -> None
         )
     if "adaptive" in base_kwargs:  # some bases would swallow it
         raise TypeError("adaptive=True is variant='elementwise' here")
-    if base_kwargs.get("differentiable"):
-        raise ValueError("SAM changes weights in place: leave out differentiable=True")
-    made_for = getattr(params, "scaled_for", "")
+    if not isinstance(params, ScaledGroups):
+        return
+    for name, value in params.given.items():
+        if base_kwargs.get(name, value) != value:
+            warnings.warn(
+                f"{name}={base_kwargs[name]} has no effect: the groups are made with {name}={value}. Give {name} to "
+                "param_groups()",
+                stacklevel=3,
+            )
+    made_for = params.scaled_for
     if made_for and isinstance(base, type) and (rule := RATES.get(base, made_for)) != made_for:
         warnings.warn(
             f"at this width {base.__name__} needs other learning rates than those of the groups: make them with "
@@ -71,6 +83,8 @@ def make_base(base: Callable[..., Any], groups: list[dict[str, Any]], kwargs: di
             f"({', '.join(sorted(taken))})"
         )
     groups = made.param_groups
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError("SAM changes weights in place: leave out differentiable=True")
     if any("rho" not in group or "perturb" not in group for group in groups):
         raise ValueError(f"{base} must make its optimizer from the groups that it is given")
     if any(scaled[p] != group["lr"] for group in groups for p in group["params"] if p in scaled):

@@ -68,6 +68,7 @@ def param_groups(
         group["params"].append(weight.parameter)
         group["names"].append(name)
     made = ScaledGroups(groups.values())
+    made.given = {} if lr is None else dict(lr=lr, weight_decay=weight_decay)
     if lr is not None and any(group["lr"] != lr for group in made):
         made.scaled_for = _rule(scaling)
     return made
@@ -196,7 +197,7 @@ def init_(
         p = weight.parameter
         if name in zeros or weight.bias:
             p.zero_()
-        elif weight.base_fan_in is not None:
+        elif weight.base_fan_in:  # there is nothing to draw where it is 0
             p.normal_(0, gain * weight.base_fan_in**-0.5 * initial_scale(weight, scaling))
     return model
 

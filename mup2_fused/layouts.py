@@ -53,7 +53,10 @@ def fans(layout: Layout, shape: Sequence[int], groups: int = 1) -> tuple[int, in
 
 def of_type(module: nn.Module, name: str, shape: Sequence[int]) -> Layout | None:
     """The layout that the module's type tells. name: the parameter's full name."""
-    if isinstance(module, NORM_MODULES):
+    if isinstance(module, NORM_MODULES) and name.rpartition(".")[2] in (
+        "weight",
+        "bias",
+    ):  # maybe of several dimensions
         return ("out",) * len(shape)
     if isinstance(module, EMBEDDINGS) and name.endswith("weight") and len(shape) == 2:
         return "batch", "out"  # its input is one-hot: each coordinate of the output is a single weight
@@ -67,10 +70,11 @@ def of_matrix_module(module: nn.Module, name: str, shape: Sequence[int]) -> Layo
     router = kind.__name__.endswith("Router") and _of_transformers(module)
     if n == 1:
         return ("out",) if "bias" in local and (isinstance(module, MATRIX_MODULES) or conv1d or router) else None
-    if isinstance(module, nn.modules.conv._ConvNd) and n > 2:
+    named = "weight" in local  # others that the user adds to a class derived from torch's may be used in any way
+    if isinstance(module, nn.modules.conv._ConvNd) and n > 2 and named:
         return ("in", "out", *["in"] * (n - 2)) if module.transposed else ("out", *["in"] * (n - 1))
     of_lora = "lora_embedding_" in name or any(k.__module__.startswith("loralib") for k in kind.__mro__)
-    if n == 2 and (isinstance(module, MATRIX_MODULES) or (of_lora and LORA.search(name))):
+    if n == 2 and ((isinstance(module, MATRIX_MODULES) and named) or (of_lora and LORA.search(name))):
         return "out", "in"
     if n == 2 and local == "weight" and conv1d and isinstance(bias, Tensor) and bias.shape == shape[1:]:
         return "in", "out"

@@ -124,7 +124,7 @@ def mu_readout_divisor(name: str, module: Any, base_module: Any, growth: float) 
     divisor = own = float(module.width_mult())
     if base_module is not None and hasattr(base_module.weight, "infshape"):
         divisor /= base_module.width_mult()
-    if divisor != growth:
+    if not math.isclose(divisor, growth, rel_tol=1e-6):
         raise ValueError(
             f"'{name}' divides its input by {own:g}, as mup.set_base_shapes noted, but its fan_in grows by {growth:g} "
             "from the base model. Call mup.set_base_shapes on both models with the same base, or leave the base model "

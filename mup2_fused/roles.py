@@ -7,6 +7,7 @@ modules of its own examples.
 
 from __future__ import annotations
 
+from math import isclose
 from typing import NamedTuple
 
 import torch
@@ -112,14 +113,6 @@ def describe(model: nn.Module, base: Base = None, roles: dict[str, str] | None =
     return found
 
 
-def tied(model: nn.Module) -> set[str]:
-    """First names of the parameters that the model uses in several places."""
-    names: dict[Tensor, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
-    return {several[0] for several in names.values() if len(several) > 1}
-
-
 def _refuse_old_norms(model: nn.Module, roles: dict[str, str]) -> None:
     """The old weight_norm and spectral_norm leave nothing but a hook. A user may give roles to their tensors."""
     for owner, module in model.named_modules():
@@ -159,6 +152,8 @@ def _weight(place: _Place, word: str | None) -> Weight:
         role = _word_of_mup(p)
     assumed = not (role or said or typed) and bool(place.growing) and may_contract(module, place.name)
     layout = said or _layout(place, role, typed)
+    if layout is None and word is None and not p.requires_grad:  # nobody asks for its role
+        layout = ("batch",) * p.ndim
     if layout is None or (unknown_groups and word is None):
         raise _ambiguous(place, word)
     if "in" in layout and (layout is said or layout is typed):
@@ -167,7 +162,7 @@ def _weight(place: _Place, word: str | None) -> Weight:
         fans(layout, shape, _groups(m, layout) if layout is typed and not unknown_groups else 1)
         for shape, m in ((p.shape, module), (place.base_shape, base_module or module))
     )
-    growth = _as_told(Growth(now[0] / at_base[0], now[1] / at_base[1]), role)
+    growth = _as_told(Growth(*(n / n0 if n0 else 1.0 for n, n0 in zip(now, at_base))), role)
     role = role or growth.role
     base_fan_in = at_base[1] if "in" in layout and not unknown_groups else None
     bias = "in" not in layout and of_matrix_module(module, place.name, p.shape) is not None
@@ -244,5 +239,5 @@ def _divisor(place: _Place, role: str, growth: Growth) -> float:
 def _agree(a: Weight, b: Weight) -> bool:
     """Whether two places of a tied tensor need the same factors, as the embedding and a mup.MuSharedReadout do."""
     if {a.role, b.role} == {"input", "output"}:
-        return a.divisor * b.divisor == a.growth.fan_out * b.growth.fan_out
+        return isclose(a.divisor * b.divisor, a.growth.fan_out * b.growth.fan_out, rel_tol=1e-6)
     return (a.role, a.growth) == (b.role, b.growth)

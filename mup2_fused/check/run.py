@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mup2_fused.check.counterpart import Counterpart, Settings, settings_of
 from mup2_fused.check.data import random_data
@@ -18,7 +18,7 @@ from mup2_fused.check.notes import notes_on
 from mup2_fused.check.report import Report
 from mup2_fused.groups import init_
 from mup2_fused.optimizer import SAM
-from mup2_fused.roles import describe, tied
+from mup2_fused.roles import describe
 from mup2_fused.theory import exponents
 from mup2_fused.user_code import Loss, model_and_loss
 from mup2_ref import known
@@ -157,3 +157,11 @@ class Study:
         powers = {name: {key: m.power(x) for key, x in of.items()} for name, of in growth.items()}
         rows = [judge_norm(row, powers) for row in rows]
         return Report(m.widths, rows, notes_on(rows, self.own, m.widths))
+
+
+def tied(model: nn.Module) -> set[str]:
+    """First names of the parameters that the model uses in several places."""
+    names: dict[Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    return {several[0] for several in names.values() if len(several) > 1}

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from huggingface_problems import hf, torchvision
-from small_problems import closure_of, equal, weights
+from small_problems import by_name, closure_of, equal, weights
 from torch import nn
 
 from mup2_fused import MLP, SAM, exponents, init_, param_groups, report
@@ -191,6 +191,10 @@ def test_a_tied_readout_that_divides_by_the_growth_needs_no_word():
     groups = param_groups(model, config("MiniCPM3", BASE, **tied), lr=0.1, rho=0.1)
     (group,) = (g for g in groups if "model.embed_tokens.weight" in g["names"])
     assert (group["role"], group["rho"], group["gradnorm_scaling"]) == ("input", pytest.approx(0.4), 2.0)
+    for now, at_base in ((3136, 1024), (3136, 128)):  # quotients that floats round
+        with torch.device("meta"):
+            model, base = (language_model("MiniCPM3", n, **tied) for n in (now, at_base))
+        assert "model.embed_tokens.weight" in by_name(param_groups(model, base, lr=0.1, rho=0.1))
     message = "one tied tensor in two roles. Untie both .*or .*roles={'model.embed_tokens.weight': 'output'}"
     with pytest.raises(ValueError, match=message):
         describe(language_model("Granite", tie_word_embeddings=True), config("Granite", BASE, tie_word_embeddings=True))

@@ -254,6 +254,7 @@ def test_with_base_model_too(scaling):
         assert factors(model, base) == pytest.approx(expected)
     narrower, wider = with_infshapes(mlp, base=4), with_infshapes(mlp, 8, base=4)
     assert factors(narrower, wider) == pytest.approx(expected)
+    factors(with_infshapes(mlp, 112, base=48), with_infshapes(mlp, 80, base=48))  # quotients that floats round
     with pytest.raises(ValueError, match="'6.weight' divides its input by 8, .* but its fan_in grows by 4"):
         factors(narrower, mlp(BASE, mup.MuReadout))
 

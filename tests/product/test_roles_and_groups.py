@@ -13,7 +13,7 @@ from small_problems import VARIANTS, Raw, Tied, by_name
 from torch import nn
 
 from mup2_fused import MLP, SAM, exponents, init_, param_groups, predict, report
-from mup2_fused.roles import tied
+from mup2_fused.check.run import tied
 from mup2_ref import MUP2
 
 BASE, WIDE, M = 8, 32, 4
@@ -103,6 +103,41 @@ def test_ambiguous_tensors_name_the_parameter_and_the_remedy():
             param_groups(model, base, lr=1, rho=1)
         with pytest.raises(ValueError, match=r"role of '1\.w'"):
             init_(model, base)
+
+
+@pytest.mark.parametrize(
+    "kind, args",
+    [
+        (nn.Linear, lambda n: (n, n)),
+        (nn.Conv1d, lambda n: (n, n, 3)),
+        (nn.LSTM, lambda n: (n, n)),
+        (nn.MultiheadAttention, lambda n: (n, 2)),
+        (nn.LayerNorm, lambda n: (n,)),
+    ],
+)
+def test_tensors_that_users_add_to_classes_of_torch_need_a_word(kind, args):
+    def own(n):
+        module = type("Mine", (kind,), {})(*args(n))
+        module.extra = nn.Parameter(torch.randn(n, 4))
+        module.stack = nn.Parameter(torch.randn(2, n, n))
+        return module
+
+    model, base = pair(own)
+    for words in ({}, {"extra": "output"}, {"stack": "hidden"}):
+        with pytest.raises(ValueError, match="cannot tell the role of '(extra|stack)'"):
+            factors(model, base, roles=words)
+    found, plain = (
+        factors(model, base, roles={"extra": "output", "stack": "hidden"}),
+        factors(*pair(lambda n: kind(*args(n)))),
+    )
+    assert found == plain | {"extra": OUTPUT, "stack": HIDDEN}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_dimensions_without_elements():
+    build = lambda n: nn.Sequential(nn.Linear(0, n), nn.Linear(n, 3))
+    assert factors(*pair(build)) == {"0.weight": INPUT, "0.bias": INPUT, "1.weight": OUTPUT, "1.bias": FINITE}
+    init_(*pair(build))
 
 
 def test_a_word_settles_it():
@@ -208,6 +243,18 @@ def test_learning_rates_for_another_base_optimizer(scaling, width, base, named):
     assert len(texts) == bool(named) and all(f"base_optimizer='{named}'" in text for text in texts)
 
 
+@pytest.mark.parametrize("options, ignored", [(dict(lr=0.7, weight_decay=0.2), {"lr", "weight_decay"}), ({}, set())])
+def test_options_that_the_groups_have_already(options, ignored):
+    groups = param_groups(MLP(5, 64, 3), MLP(5, 16, 3), lr=0.1, rho=0.1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        SAM(groups, momentum=0.9, **options)
+        SAM(list(groups), **options), SAM(param_groups(MLP(5, 64, 3), MLP(5, 16, 3), lr=None, rho=0.1), **options)
+    texts = [f"{w.message}" for w in seen if w.filename == __file__]
+    assert {text.partition("=")[0] for text in texts} == ignored and len(texts) == len(ignored)
+    assert all(f"Give {name} to param_groups()" in text for name, text in zip(sorted(ignored), texts))
+
+
 @pytest.mark.parametrize("perturbation", ["naive", "global"])
 def test_one_radius_for_all_also_for_biases(perturbation):
     for variant in VARIANTS:
@@ -257,6 +304,9 @@ def test_frozen_parameters_are_left_out():
     model, base = pair(lambda n: MLP(5, n, 3))
     model.layers[0].weight.requires_grad_(False)
     assert list(factors(model, base)) == ["layers.1.weight", "layers.2.weight"]
+    model, base = pair(lambda n: nn.Sequential(nn.Linear(5, n), Raw(n, n)))
+    model[1].w.requires_grad_(False)
+    assert list(factors(model, base)) == ["0.weight", "0.bias"], "also if the role cannot be told"
 
 
 def test_wrong_arguments():

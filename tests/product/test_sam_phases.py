@@ -155,6 +155,8 @@ def test_bad_arguments(SAM):
     ):
         with pytest.raises(ValueError, match=message):
             SAM(params, **kwargs)
+    with pytest.raises(ValueError, match="leave out differentiable=True"):
+        SAM([{"params": params, "differentiable": True}])
     with pytest.raises(ValueError, match="unknown name 'fast'"):
         mup2.SAM(params, backend="fast", lr=0.1)
     with pytest.raises(ValueError, match="empty parameter list"):
