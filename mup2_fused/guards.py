@@ -11,7 +11,7 @@ from weakref import ref
 from torch import Tensor
 
 from mup2_fused.arguments import check_momentum
-from mup2_fused.sharded import Groups
+from mup2_fused.sharded import Groups, is_spread
 
 Seen = list[tuple[Any, Any, int]]  # (parameter, reference to its gradient, its version)
 optimizers: dict[int, ref[Any]] = {}  # every SAM of this process, by its id
@@ -27,7 +27,7 @@ class Guard:
         self.latest_rate: Any = None  # of the first group, at the latest look
         self.gradients: Seen = []  # the first pass's
         self.added = False  # whether the first pass added to gradients that were there before
-        self.kept: list[tuple[Any, Tensor]] = []  # gradients of a step without SAM, which were set to None
+        self.kept: list[KeptGradient] = []  # of a step without SAM
         self.looks_left = 3  # at gradients
         self.warned: set[str] = set()
         self.add(optimizer.param_groups)
@@ -42,6 +42,7 @@ class Guard:
 
         ValueError if a group has lost the momentum, against which it would have to climb.
         """
+        self.settle_kept()
         if optimizer.moment == "momentum_buffer":
             check_momentum(optimizer.param_groups)
         if len(optimizers) == 1:
@@ -83,16 +84,20 @@ class Guard:
             )
 
     def keep_gradients(self, groups: Groups) -> None:
-        """Keep gradients that are about to be set to None: no second pass may come that would make new ones."""
-        self.kept = [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        """Keep the gradients for the update, but let a second pass replace them, if a loop makes one nevertheless."""
+        self.kept = [KeptGradient(p) for group in groups for p in group["params"] if p.grad is not None]
+
+    def settle_kept(self) -> None:
+        """If some gradients were replaced, drop the others: the second pass has not reached their parameters."""
+        if self.kept:
+            kept, self.kept = self.kept, []
+            replaced = [gradient.settle() for gradient in kept]
+            for gradient in kept if any(replaced) else ():
+                gradient.drop()
 
     def before_update(self, groups: Groups) -> None:
         """Warnings about gradients and learning rates. The usual case takes a fraction of a microsecond."""
-        if self.kept:
-            if all(p.grad is None for p, _ in self.kept):
-                for p, g in self.kept:
-                    p.grad = g
-            self.kept = []
+        self.settle_kept()
         if self.gradients:
             self.compare_gradients()
         if groups[0].get("lr") is not self.latest_rate:
@@ -106,7 +111,8 @@ class Guard:
                 raise RuntimeError(
                     "the closure added its gradient twice to gradients that were there before: call opt.zero_grad() at "
                     "its start. Do not use Lightning's accumulate_grad_batches, which gives SAM the last batch only: "
-                    "split a large batch in the closure. A closure without autograd assigns gradients: p.grad = g"
+                    "split a large batch in the closure. A closure without autograd assigns gradients: p.grad = g. "
+                    "Changes through p.grad.data are not seen"
                 )
             self.warn(
                 "the second pass seems to have added its gradient to the first one: call opt.zero_grad() at the start "
@@ -132,6 +138,36 @@ class Guard:
             warnings.warn(text, stacklevel=outside())
 
 
+class KeptGradient:
+    """The gradient of a parameter in a step without SAM, until a backward pass replaces it."""
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter, self.old, self.handle, self.replaced = parameter, None, None, False
+        if parameter.requires_grad and not is_spread(parameter):
+            self.handle = parameter.register_hook(self.replace)
+        else:  # FSDP2 writes gradients without calling hooks: out of its sight until the update
+            self.old, parameter.grad = parameter.grad, None
+
+    def replace(self, _: Tensor) -> None:
+        """Before a backward pass adds to the gradient; the first one of several micro-batches replaces it."""
+        if not self.replaced:
+            self.parameter.grad, self.replaced = None, True
+
+    def settle(self) -> bool:
+        """End the wait. Whether there is a new gradient."""
+        if self.handle:
+            self.handle.remove()
+        elif self.parameter.grad is None:
+            self.parameter.grad = self.old
+        else:
+            self.replaced = True
+        return self.replaced
+
+    def drop(self) -> None:
+        if not self.replaced:
+            self.parameter.grad = None
+
+
 def added_to(gradients: Seen) -> bool:
     """Whether they have been added to since they were seen."""
     # Adding changes a tensor once. With zeros before, it changes twice. With None before, the tensor is a new one.
@@ -151,6 +187,15 @@ def require_all_batches() -> None:
         raise RuntimeError(
             "Accelerate's gradient accumulation runs the closure for the last batch of each group only, and the others "
             "are lost: leave gradient_accumulation_steps at 1, and split large batches in the closure (mup2.accumulate)"
+        )
+
+
+def require_gradient(found_inf: Any) -> None:
+    """RuntimeError if GradScaler, whose found_inf this is, saw no gradient."""
+    if found_inf is not None and not isinstance(found_inf, Tensor):  # torch's sum of no tensors
+        raise RuntimeError(
+            "GradScaler found no gradient: the second pass must compute one. With FSDP2 and an interval, leave out "
+            "zero_grad=True of first_step()"
         )
 
 

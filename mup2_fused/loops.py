@@ -93,9 +93,10 @@ def train_epoch(
 ) -> Tensor:
     """One epoch; returns the mean over batches of each step's first loss, a scalar on the device.
 
-    optimizer: any torch optimizer. This package's SAM and mup2_ref.SAM get the passes that they need for each batch.
-    batches: (inputs, targets). scheduler: steps after every batch. autocast: context for the forward passes, such as
-    partial(torch.autocast, "cuda", torch.bfloat16). scaler: a GradScaler, for float16; not with mup2_ref.SAM.
+    optimizer: any torch optimizer whose step() needs no closure. This package's SAM and mup2_ref.SAM get the passes
+    that they need for each batch. batches: (inputs, targets). scheduler: steps after every batch. autocast: context for
+    the forward passes, such as partial(torch.autocast, "cuda", torch.bfloat16). scaler: a GradScaler, for float16; not
+    with mup2_ref.SAM.
     ascent_samples: this package's SAM takes the first pass over so many samples of each batch. The model's buffers,
     such as batch norm statistics, then come from the second pass, which takes all of them.
     ValueError without batches, and where ascent_samples has no first pass.
@@ -159,7 +160,7 @@ def passes(optimizer: Any, backward: Callable[[], Any], ascent: Callable[[], Any
 def evaluate(
     model: nn.Module, batches: Batches, autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> Tensor:
-    """(cross entropy, correct predictions, samples), each summed over all samples, as one tensor on the device.
+    """(cross entropy, correct predictions, labels), each summed over all samples, as one tensor on the device.
 
     The model is in eval mode afterwards.
     """
@@ -170,6 +171,6 @@ def evaluate(
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with autocast():
             f = model(x)
-        loss = F.cross_entropy(f.float(), y, reduction="sum")
-        sums += torch.stack([loss.double(), (f.argmax(1) == y).sum().double(), loss.new_tensor(len(y)).double()])
+        loss = F.cross_entropy(mup2_ref.wide(f), y, reduction="sum")
+        sums += torch.stack([loss.double(), (f.argmax(1) == y).sum().double(), loss.new_tensor(y.numel()).double()])
     return sums

@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo as uncompiled
 from mup2_fused import torch_passes
 from mup2_fused.arguments import check_arguments, check_base, check_factors, first_moment, make_base, variant_of
 from mup2_fused.compiled_passes import passes_for, passes_with
-from mup2_fused.guards import Guard, added_to, require_all_batches
+from mup2_fused.guards import Guard, added_to, require_all_batches, require_gradient
 from mup2_fused.loops import random_states
 from mup2_fused.saving import Saving
 from mup2_fused.torch_passes import Phase
@@ -88,6 +88,7 @@ class SAM(Saving):
         self.base_optimizer = make_base(base_optimizer, self.param_groups, base_kwargs)
         self.defaults = self.base_optimizer.defaults | defaults
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        self.follow_base()
         self.moment = first_moment(ascent, interval, self.base_optimizer)
         self.passes = passes_for(self.param_groups, backend)
         self.guard = Guard(self)
@@ -136,15 +137,18 @@ class SAM(Saving):
 
         RuntimeError if weights are perturbed already, by this or by another SAM, or if a gradient is sparse or complex.
         With ascent="momentum", call this before the only backward pass.
+        zero_grad: forget the gradients after the climb. In steps without SAM they stay, until a second pass replaces
+        them, if there is one.
         process_group: processes that climb by gradients of their own (m-sharpness), such as
         torch.distributed.group.WORLD. If the gradient is not finite in one of them, none climbs or updates, so that
         their weights stay equal.
         """
         climbs = self.interval == 1 or self.climbs
         self._climb(self.param_groups if climbs else [], process_group if climbs else None)
-        if zero_grad:
-            self.guard.keep_gradients([] if climbs else self.param_groups)
+        if zero_grad and climbs:
             self.zero_grad()
+        elif zero_grad:
+            self.guard.keep_gradients(self.param_groups)
         return climbs
 
     def _climb(self, groups: list[dict[str, Any]], process_group: Any) -> None:
@@ -207,6 +211,7 @@ class SAM(Saving):
                 if found_inf is not None:
                     raise RuntimeError(f"nothing is perturbed: {SCALED}")
                 return torch_passes.make_state(self.base_optimizer)
+            require_gradient(found_inf)
             base = self.base_optimizer
             if base.param_groups is not self.param_groups or base.state is not self.state:  # somebody replaced them
                 base.__setstate__({"state": self.state, "param_groups": self.param_groups})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -14,6 +15,7 @@ from mup2_fused.sharded import Groups
 from mup2_fused.torch_passes import Passes, Phase
 
 STEPS = "sam_steps"  # key of the first group: finished steps
+SETTINGS = ("rho", "gradnorm_scaling", "perturb", "variant")  # keys of SAM in every group
 
 
 class Saving(torch.optim.Optimizer):
@@ -56,6 +58,19 @@ class Saving(torch.optim.Optimizer):
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.phase.steps = steps
 
+    def follow_base(self) -> None:
+        """From here on base_optimizer.load_state_dict() loads for SAM, too. Settings that the state lacks stay."""
+        this = ref(self)
+
+        def adopt(base: torch.optim.Optimizer) -> None:
+            if (sam := this()) and base is sam.base_optimizer:
+                for mine, group in zip(sam.param_groups, base.param_groups):
+                    group.pop(STEPS, None)
+                    group |= {key: mine[key] for key in SETTINGS if key not in group} | {"variant": sam.variant}
+                sam.param_groups, sam.state = base.param_groups, base.state
+
+        self.base_optimizer.register_load_state_dict_post_hook(adopt)
+
     def settled(self) -> Phase:
         """The phase, with the kernels' finite flag and skip count read from the device. Waits for the GPU."""
         return replace(self.phase, finite=self.passes.finite(self.phase), skipped=self.skipped_steps)
@@ -69,6 +84,7 @@ class Saving(torch.optim.Optimizer):
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         if "phase" in state:  # a copy; load_state_dict sets the state and the groups only
             self.passes, self.guard = passes_for(self.param_groups, self.backend), Guard(self)
+            self.follow_base()
 
 
 def saved(state_dict: dict[str, Any], steps: int | None) -> dict[str, Any]:

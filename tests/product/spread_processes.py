@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from ddp_processes import check_data_parallel
 from small_problems import assert_close, backward, block, equal
 from torch import nn
@@ -144,6 +145,16 @@ def check_cheaper_steps(SAM):
         model, alone, a, b, batches, mine = pair(SAM, **kwargs)
         train(model, a, batches, mine, range(5))
         train(alone, b, batches, slice(None), range(5))
+        assert_close(map(whole, model.parameters()), alone.parameters())
+    for always in (False, True):  # a second pass, which replaces the gradients of steps without SAM
+        model, alone, a, b, batches, mine = pair(SAM, interval=2)
+        for step in range(3):
+            x, y = data(batches, step)
+            for opt, m, batch in ((a, model, mine), (b, alone, slice(None))):
+                F.cross_entropy(m(x[batch]), y[batch]).backward()
+                if opt.first_step(zero_grad=True) or always:
+                    F.cross_entropy(m(x[batch]), y[batch]).backward()
+                opt.second_step(zero_grad=True)
         assert_close(map(whole, model.parameters()), alone.parameters())
     model, alone, a, b, batches, mine = pair(SAM)
     x, y = data(batches, 0)

@@ -89,6 +89,64 @@ def test_an_interval(SAM, form, base):
         assert_close(params, expected)
 
 
+@pytest.mark.parametrize("end", ["clip", "scaler"])
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_gradients_stay_visible_in_a_step_without_sam(SAM, passes, end):
+    """Between first_step(zero_grad=True) and the update. The gradients of passes that are not needed replace them."""
+    params = parameters(torch.float64)
+    expected = twins(params)
+    opt, plain = SAM(params, rho=0.2, lr=0.01, interval=2), torch.optim.SGD(expected, lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scale = scaler.scale if end == "scaler" else lambda loss: loss
+
+    for step in range(4):
+        scale(bounded(params)).backward()
+        climbs = opt.first_step(zero_grad=True)
+        assert all((p.grad is None) == climbs for p in params)
+        for _ in range(max(passes, climbs)):
+            scale(bounded(params) / max(passes, 1)).backward()
+        _, g = gradients(expected)
+        if step % 2 == 0:
+            g = gradients(climbed(expected, g, 0.2, "sam"))[1]
+        norm = torch.linalg.vector_norm(torch.stack([x.norm() for x in g]))
+        if end == "clip":
+            assert torch.nn.utils.clip_grad_norm_(params, 0.1).item() == pytest.approx(norm.item())
+            opt.second_step(zero_grad=True)
+        else:
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        plain_step(plain, expected, [x * (0.1 / (norm + 1e-6)) for x in g] if end == "clip" else g)
+        assert_close(params, expected)
+    assert not any(p._backward_hooks for p in params)
+
+
+def test_gradients_that_a_second_pass_does_not_reach(SAM):
+    """In a step without SAM the second pass counts, if there is one; so does it after an interrupted step."""
+    a, b = params = parameters(torch.float64)[:2]
+    opt = SAM(params, rho=0.2, lr=0.01, interval=2)
+    opt.step(closure_of(opt, params, bounded))
+    before = weights(params)
+    for _ in range(2):
+        opt.zero_grad()
+        bounded(params).backward()
+        assert not opt.first_step(zero_grad=True)
+    bounded([b]).backward()
+    opt.second_step()
+    assert equal([a], before[:1]) and a.grad is None and not equal([b], before[1:])
+
+
+def test_a_scaler_without_gradients(SAM):
+    params = parameters(torch.float64)
+    opt, before = SAM(params, rho=0.2, lr=0.01), weights(params)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(bounded(params)).backward()
+    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match="GradScaler found no gradient"):
+        scaler.step(opt)
+    assert equal(params, before)
+
+
 @pytest.mark.parametrize("variant", mup2_ref.VARIANTS)
 @pytest.mark.parametrize("base, kwargs, key", MOMENTA)
 @pytest.mark.parametrize("form", ["closure", "two steps"])

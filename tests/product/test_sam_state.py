@@ -144,6 +144,32 @@ def test_skipped_steps_add_up_and_survive_copies_and_new_groups(SAM):
     assert opt.skipped_steps == 8, "it can be set"
 
 
+@pytest.mark.parametrize("how", [None, "deepcopy", "pickle"])
+@pytest.mark.parametrize("bare", [True, False])
+def test_what_the_base_optimizer_loads_counts(SAM, how, bare):
+    """Of a bare optimizer, or of the base of another SAM, whose rho it has, too."""
+    params, opt = trained(SAM, momentum=0.9)
+    kept = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.3, momentum=0.5)
+    state = kept.state_dict() if bare else opt.base_optimizer.state_dict()
+    params, new = trained(SAM, interval=2, momentum=0.7)
+    if how:
+        params, new = ROUND_TRIPS[how](params, new, SAM)
+    for group in new.param_groups:
+        group["rho"] = 0.8
+    new.base_optimizer.load_state_dict(state)
+    assert new.param_groups is new.base_optimizer.param_groups and new.state is new.base_optimizer.state
+    found = [(group["lr"], group["momentum"], group["rho"]) for group in new.param_groups]
+    assert found == ([(0.3, 0.5, 0.8)] * 2 if bare else [(0.01, 0.9, 0.2), (0.01, 0.9, 0.1)])
+    assert len(new.state) == (0 if bare else 3)
+    new.step(closure_of(new, params))
+    new.load_state_dict(new.state_dict())
+    assert (
+        new.phase.steps == 4
+        and len(new.state) == 3
+        and [group["lr"] for group in new.param_groups] == [found[0][0]] * 2
+    )
+
+
 def test_the_next_step_uses_a_new_list_of_groups(SAM):
     params = parameters()
     opt, before = SAM(params, lr=0.5), weights(params)

@@ -68,6 +68,12 @@ def test_evaluate_sums_over_samples():
     exact = mup2.evaluate(model, [(x, y)])
     torch.testing.assert_close(exact[0].float(), nn.functional.cross_entropy(f, y, reduction="sum"))
     assert exact[1] == (f.argmax(1) == y).sum()
+    pixels, labels = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randint(3, (2, 4, 4))
+    dense = mup2.evaluate(nn.Sequential(nn.Conv2d(3, 3, 1).double()), [(pixels, labels)])
+    assert dense[2] == 32 and dense[1] <= 32
+    f = model.double()(x.double())
+    exact = mup2.evaluate(model, [(x.double(), y)])
+    torch.testing.assert_close(exact[0], nn.functional.cross_entropy(f, y, reduction="sum"), rtol=1e-14, atol=0)
 
 
 class Assigns(nn.Module):
