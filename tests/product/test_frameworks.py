@@ -282,8 +282,8 @@ def test_accelerate_resumes_bit_for_bit(SAM, base, tmp_path):
 
 
 def test_accelerate_accumulates_in_the_closure():
-    """With the page's line for backward: the large batch, in float64 and so up to rounding."""
-    line = re.search(r"`(mup2\.accumulate\(model, zip.*?)` for `backward`", PAGE)[1]
+    """With the page's line in place of backward: the large batch, in float64 and so up to rounding."""
+    line = re.search(r"`(mup2\.accumulate\(model, zip.*?)` instead of `accelerator\.backward", PAGE)[1]
     backward = "accelerator.backward(loss_function(model(x), y))"
     assert backward in ACCELERATE
     a, b = names(batch_size=40), names(batch_size=40)
