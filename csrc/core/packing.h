@@ -56,7 +56,7 @@ void in_batches(const List& entries, const std::vector<typename B::GroupType>& g
     for (; e != entries.end() && batch.n_items < B::kCapacity && e->types == types; ++e) {
       if (batch.n_chunks && batch.n_chunks + chunks_of(e->numel) > INT32_MAX) break;  // a grid has no more blocks
       if constexpr (!std::is_same_v<typename B::GroupType, None>)
-        if (e->group != last && (group = group_in(batch, groups[last = e->group])) < 0) break;
+        if (e->group != last && (group = group_in(batch, groups.at(last = e->group))) < 0) break;
       append(batch, *e, group);
     }
     partials += batch.n_chunks;

@@ -45,6 +45,7 @@ template <class F> void per_device(const std::vector<DeviceEntry>& list, F f) {
 // Writes the backups into the weights of all entries.
 inline void restore(Entries& entries, Workspaces& all) {
   entries.sort();
+  for (DeviceEntry& e : entries.list) e.group = 0;
   per_device(entries.list, [&](Slice slice, at::Device device) {
     update<Sgd>(slice, {Sgd::Hyper{}}, workspace(all, device).control());
   });
