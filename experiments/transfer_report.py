@@ -17,7 +17,11 @@ from experiments.sweep import NETWORKS
 
 Row = dict[str, Any]
 COLLAPSE = 5.0  # points below the best of a slice: from there on a radius counts as unstable
-DATA = {"mnist1d": "MNIST-1D", "noisy30-fashion-mnist-1k": "1,000 images of Fashion-MNIST, 30 % random labels"}
+DATA = {
+    "mnist1d": "MNIST-1D",
+    "fashion-mnist-1k": "1,000 images of Fashion-MNIST",
+    "noisy30-fashion-mnist-1k": "1,000 images of Fashion-MNIST, 30 % random labels",
+}
 TITLES = {"SP-naive": "plain SAM (SP)", "muP-naive": "muP, one radius", "muP-global": "muP, global scaling"}
 
 

@@ -308,6 +308,35 @@ def test_sentences_about_the_vit():
     assert_said("moves as width^{:.2f} with muP² and as width^{:.2f} with plain SAM", *powers)
 
 
+def test_sentences_about_the_vit_with_right_labels():
+    rows, accuracy = transfer("vit-clean")
+    plain, mup2 = rows["SP-naive", 128], rows["muP²", 128]
+    gains = [transfer_report.gain(row) for row in (rows["muP²", 16], plain, mup2)]
+    words = (
+        "gains {:.1f} ± {:.1f} points at width 16, and at width 128 {:.1f} ± {:.1f} points in SP and {:.1f} ± {:.1f}"
+    )
+    assert_said(words, *itertools.chain(*gains))
+    over_alone = lambda row, rho: statistics.fmean(dict(row["slice"])[rho]) - statistics.fmean(row["alone"])
+    at = {rho: [over_alone(row, rho) for row in rows.values()] for rho in (0.1778, 0.5623)}
+    assert_said("differs by {:.1f} to {:.1f} points from", min(at[0.1778]), max(at[0.1778]))
+    assert_said("it is at least {:.1f} points below", -max(at[0.5623]))
+    factors = [rows[method, 16]["lr"] / rows[method, 128]["lr"] for method in TWO]
+    lost = [transfer_report.regret(row, 16) for row in (plain, mup2)]
+    words = (
+        "Width 16's (lr, rho) loses {:.1f} ± {:.1f} points at width 128 with plain SAM, and {:.1f} ± {:.1f} with muP²."
+    )
+    words = f"falls by a factor of {{:.0f}} with plain SAM and of {{:.0f}} with muP². {words}"
+    assert_said(words, *factors, *lost[0], *lost[1])
+    more = [
+        transfer_report.mean_error([a - b for a, b in zip(mup2[key], plain[key])]) for key in ("accuracies", "alone")
+    ]
+    words = (
+        "At width 128 muP² reaches {:.1f} %, {:.1f} ± {:.1f} points more than plain SAM. Most of this comes from muP:"
+    )
+    words += " AdamW alone reaches {:.1f} ± {:.1f} points more in muP than in SP."
+    assert_said(words, accuracy["muP²", 128], *more[0], *more[1])
+
+
 def test_sentences_about_the_variants():
     found = {row["method"]: row["accuracies"] for row in build.transfer_rows("table2")}
     assert {len(values) for values in found.values()} == {12}
@@ -325,13 +354,11 @@ def test_sentences_about_the_variants():
 
 
 def test_sentences_of_the_readme_about_other_settings():
-    lost = lambda name, narrow, wide: [transfer_report.regret(transfer(name)[0][m, wide], narrow) for m in TWO]
-    plain, mup2 = lost("vit", 16, 128)
-    words = "costs {:.1f} ± {:.1f} points with plain SAM and {:.1f} ± {:.1f} with muP² (ViT)"
-    assert_said(words, *plain, *mup2, page="README.md")
-    plain, mup2 = lost("resnet", 4, 32)
-    assert plain[0] == 0
-    assert_said("or nothing with plain SAM and {:.1f} ± {:.1f} with muP² (ResNet-18)", *mup2, page="README.md")
+    settings = {"vit": ("ViT", 16, 128), "vit-clean": ("ViT, right labels", 16, 128), "resnet": ("ResNet-18", 4, 32)}
+    for name, (title, narrow, wide) in settings.items():
+        plain, mup2 = (transfer_report.regret(transfer(name)[0][m, wide], narrow) for m in TWO)
+        words = "{:.1f} ± {:.1f} and {:.1f} ± {:.1f} points" if name == "vit" else "{:.1f} ± {:.1f} and {:.1f} ± {:.1f}"
+        assert_said(f"{words} ({title})", *plain, *mup2, page="README.md")
 
 
 def test_sentences_of_the_readme_about_cheaper_steps():
