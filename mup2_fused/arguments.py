@@ -12,6 +12,7 @@ import torch
 from mup2_ref import VARIANTS, known
 
 RATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}  # which rule they follow
+SETTINGS = ("rho", "gradnorm_scaling", "perturb", "variant")  # SAM's keys in every group
 
 
 class ScaledGroups(list[dict[str, Any]]):
@@ -77,7 +78,7 @@ def make_base(base: Callable[..., Any], groups: list[dict[str, Any]], kwargs: di
     check_base(type(made))
     if not {"param_groups", "state", "defaults"} <= vars(made).keys():  # they are another optimizer's
         raise TypeError(f"{type(made).__name__} wraps an optimizer: put it around SAM, not SAM around it")
-    if taken := {"rho", "gradnorm_scaling", "perturb", "variant"} & made.defaults.keys():
+    if taken := made.defaults.keys() & SETTINGS:
         raise TypeError(
             f"{type(made).__name__} cannot be the base: it has settings of its own in its groups that SAM has too "
             f"({', '.join(sorted(taken))})"

@@ -29,8 +29,8 @@ def capture(
     and one for steps without SAM. What these runs do to weights, buffers, state, skipped_steps and random numbers is
     undone, also if one fails. Nothing else is undone, such as the scale of a GradScaler.
     TypeError if the optimizer has no compiled passes. ValueError for a base other than SGD, Adam and AdamW, for
-    amsgrad, for hooks of the base, for same_randomness, and for inputs that are not on a GPU. RuntimeError between the
-    passes.
+    amsgrad, hooks of the base, same_randomness, dampening before the first step, and inputs that are not on a GPU.
+    RuntimeError between the passes.
     """
     check(optimizer, inputs, warmup)
     static = [x.clone() for x in inputs]

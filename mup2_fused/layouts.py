@@ -53,11 +53,8 @@ def fans(layout: Layout, shape: Sequence[int], groups: int = 1) -> tuple[int, in
 
 def of_type(module: nn.Module, name: str, shape: Sequence[int]) -> Layout | None:
     """The layout that the module's type tells. name: the parameter's full name."""
-    if isinstance(module, NORM_MODULES) and name.rpartition(".")[2] in (
-        "weight",
-        "bias",
-    ):  # maybe of several dimensions
-        return ("out",) * len(shape)
+    if isinstance(module, NORM_MODULES) and name.rpartition(".")[2] in ("weight", "bias"):
+        return ("out",) * len(shape)  # LayerNorm's may have several dimensions
     if isinstance(module, EMBEDDINGS) and name.endswith("weight") and len(shape) == 2:
         return "batch", "out"  # its input is one-hot: each coordinate of the output is a single weight
     return of_matrix_module(module, name, shape)

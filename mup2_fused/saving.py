@@ -8,14 +8,13 @@ from weakref import ref
 
 import torch
 
-from mup2_fused.arguments import variant_of
+from mup2_fused.arguments import SETTINGS, variant_of
 from mup2_fused.compiled_passes import passes_for
 from mup2_fused.guards import Guard
 from mup2_fused.sharded import Groups
 from mup2_fused.torch_passes import Passes, Phase
 
 STEPS = "sam_steps"  # key of the first group: finished steps
-SETTINGS = ("rho", "gradnorm_scaling", "perturb", "variant")  # keys of SAM in every group
 
 
 class Saving(torch.optim.Optimizer):

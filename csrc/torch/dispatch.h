@@ -45,7 +45,7 @@ template <class F> void per_device(const std::vector<DeviceEntry>& list, F f) {
 // Writes the backups into the weights of all entries.
 inline void restore(Entries& entries, Workspaces& all) {
   entries.sort();
-  for (DeviceEntry& e : entries.list) e.group = 0;
+  for (DeviceEntry& e : entries.list) e.group = 0;  // the only one: nothing is updated
   per_device(entries.list, [&](Slice slice, at::Device device) {
     update<Sgd>(slice, {Sgd::Hyper{}}, workspace(all, device).control());
   });

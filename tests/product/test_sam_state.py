@@ -163,11 +163,8 @@ def test_what_the_base_optimizer_loads_counts(SAM, how, bare):
     assert len(new.state) == (0 if bare else 3)
     new.step(closure_of(new, params))
     new.load_state_dict(new.state_dict())
-    assert (
-        new.phase.steps == 4
-        and len(new.state) == 3
-        and [group["lr"] for group in new.param_groups] == [found[0][0]] * 2
-    )
+    assert new.phase.steps == 4 and len(new.state) == 3
+    assert [group["lr"] for group in new.param_groups] == [found[0][0]] * 2
 
 
 def test_the_next_step_uses_a_new_list_of_groups(SAM):
