@@ -277,6 +277,41 @@ def test_sentences_about_the_resnet():
     assert_said("moves as width^{:.2f} with plain SAM and as width^{:.2f} with muP²", *powers)
 
 
+def test_sentences_about_the_resnet_with_right_labels():
+    rows, accuracy = transfer("resnet-clean")
+    plain, mup2 = rows["SP-naive", 32], rows["muP²", 32]
+    gains = [transfer_report.gain(row) for row in (rows["muP²", 4], plain, mup2)]
+    assert max(mean for mean, _ in gains) < 1
+    words = "{:.1f} ± {:.1f} points at width 4, and at width 32 {:.1f} ± {:.1f} points in SP and {:.1f} ± {:.1f} with"
+    assert_said(words, *itertools.chain(*gains))
+    over_alone = [
+        (rho, statistics.fmean(values) - statistics.fmean(row["alone"]))
+        for row in rows.values()
+        for rho, values in row["slice"]
+    ]
+    flat = [over for rho, over in over_alone if 0.0178 <= rho <= 0.1]
+    assert_said(
+        "at rho 0.0178 to 0.1 and each width's best lr, the accuracy differs by {:.1f} to {:.1f}", min(flat), max(flat)
+    )
+    assert_said("At rho 0.562 it is at least {:.1f}", -max(over for rho, over in over_alone if rho == 0.5623))
+    lost = [transfer_report.regret(row, width) for row, width in ((plain, 4), (plain, 8), (mup2, 8))]
+    assert_said("loses {:.1f} ± {:.1f} points at width 32 with plain SAM, and nothing with muP²", *lost[0])
+    assert transfer_report.regret(mup2, 4)[0] < 0
+    falls = [rows[method, 8]["lr"] / rows[method, 32]["lr"] for method in TWO]
+    words = (
+        "Width 8's loses {:.1f} ± {:.1f} points with plain SAM, whose best learning rate falls by a factor of {:.0f}"
+    )
+    words += " between widths 8 and 32, and {:.1f} ± {:.1f} with muP², where it falls by a factor of {:.0f}"
+    assert_said(words, *lost[1], falls[0], *lost[2], falls[1])
+    more = [
+        transfer_report.mean_error([a - b for a, b in zip(mup2[key], plain[key])]) for key in ("accuracies", "alone")
+    ]
+    words = "At width 32 muP² reaches {:.1f} %, {:.1f} ± {:.1f} points more than plain SAM. SGD alone reaches {:.1f}"
+    assert_said(f"{words} ± {{:.1f}} points more in muP than in SP", accuracy["muP²", 32], *more[0], *more[1])
+    powers = [power_of_the_width(rows, method) for method in TWO]
+    assert_said("moves as width^{:.2f} with plain SAM and as width^{:.2f} with muP²", *powers)
+
+
 def test_sentences_about_the_vit():
     rows, accuracy = transfer("vit")
     plain, mup2 = rows["SP-naive", 128], rows["muP²", 128]
@@ -355,6 +390,7 @@ def test_sentences_about_the_variants():
 
 def test_sentences_of_the_readme_about_other_settings():
     settings = {"vit": ("ViT", 16, 128), "vit-clean": ("ViT, right labels", 16, 128), "resnet": ("ResNet-18", 4, 32)}
+    settings["resnet-clean"] = ("ResNet-18, right labels", 4, 32)
     for name, (title, narrow, wide) in settings.items():
         plain, mup2 = (transfer_report.regret(transfer(name)[0][m, wide], narrow) for m in TWO)
         words = "{:.1f} ± {:.1f} and {:.1f} ± {:.1f} points" if name == "vit" else "{:.1f} ± {:.1f} and {:.1f} ± {:.1f}"

@@ -141,7 +141,7 @@ def test_a_search_with_two_starts_takes_the_better_end(command, tmp_path, monkey
     assert [(row["method"], row["lr"], row["rho"]) for row in rows] == [("SP-naive", 0.2, 0.1), ("muP²", 0.05, 0.1)]
 
 
-BASE_WIDTHS = {"mnist1d": 1, "fashion": 64, "resnet": 4, "vit": 16, "vit-clean": 16, "table2": 4}
+BASE_WIDTHS = {"mnist1d": 1, "fashion": 64, "resnet": 4, "resnet-clean": 4, "vit": 16, "vit-clean": 16, "table2": 4}
 
 
 @pytest.mark.parametrize("name", transfer.SETTINGS)
