@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import re
 import shlex
 import statistics
@@ -409,6 +410,15 @@ def test_sentences_of_the_readme_about_cheaper_steps():
     assert_said(f"{words} {{:.0f}} times", *factors, page="README.md")
     kept = [(rows["interval-4"]["kept"], rows["interval-4"]["kept_error"]) for rows in sgd]
     assert all(share + error > 1 for share, error in kept) and adamw["momentum"]["kept"] > 0.9
+
+
+def test_sentence_about_adamw_in_bfloat16():
+    times = json.loads((build.TIMES / "cpu-amd-epyc.json").read_text())["rows"]
+    times = [
+        row for row in times if (row["implementation"], row["dtype"], row["base"]) == ("mup2_fused", "bf16", "adamw")
+    ]
+    ratios = [row["ratio"] for row in times if row["model"] != "mlp-tiny"]
+    assert_said("all models but the tiny one take at least {:.1f} times the floor", min(ratios), page="docs/speed.md")
 
 
 def test_sentences_about_the_picture_of_the_readme():
