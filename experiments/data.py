@@ -167,7 +167,9 @@ def images(name: str, root: str | Path | None = None) -> Images:
         transforms = v2.Compose(augment + last), v2.Compose(last)
         train, test = (Pixels(*map(torch.from_numpy, split), t) for split, t in zip(splits, transforms))
     else:
-        train, test = (TensorDataset(x.reshape(-1, *FACTS[name].shape), y) for x, y in load(name, root))
+        splits = load(name, root)
+        name = NOISY.sub(r"\2", name)
+        train, test = (TensorDataset(x.reshape(-1, *FACTS[name].shape), y) for x, y in splits)
     return Images(train, test, FACTS[name].shape, FACTS[name].classes)
 
 

@@ -37,12 +37,11 @@ from experiments.commands import at_least, command, start, write_json
 from experiments.data import loadable
 from experiments.sweep import ALONE, METHODS, NETWORKS, VARIANTS, Place, Run, add_place, data_on, score, sweep
 from experiments.training import check_device, has_kernels, is_cuda
-from experiments.transfer_report import COLLAPSE, format_radii, format_table, plot, what_to_see
+from experiments.transfer_report import COLLAPSE, FEW, format_radii, format_table, plot, what_to_see
 
 CHOOSING = range(3)  # seeds of the search
 MORE = range(100, 106)  # more of them, at the narrowest widths, whose best points are tried at all others
 AROUND = 1  # steps of rho to both sides of the best one, at which all reported seeds are trained, too
-FEW = 3  # of the reported seeds, farther away
 
 
 class Setting(NamedTuple):

@@ -16,6 +16,7 @@ from experiments.commands import markdown
 from experiments.sweep import NETWORKS
 
 Row = dict[str, Any]
+FEW = 3  # seeds at two or more steps of rho from the best one
 COLLAPSE = 5.0  # points below the best of a slice: from there on a radius counts as unstable
 DATA = {
     "mnist1d": "MNIST-1D",
@@ -146,15 +147,16 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     """A column per method: above lr and rho with the way of the optimum, below accuracy over rho at the best lr."""
     plt = figures.pyplot()
     names = methods(rows)
-    size = (max(9.0, 3.2 * len(names) + 0.6), 7.4)
+    size = (max(9.0, 2.6 * len(names) + 0.6), 7.4)
     figure, axes = plt.subplots(2, len(names), figsize=size, squeeze=False, layout="constrained", height_ratios=[1, 1])
     narrow, wide = widths(rows)[0], widths(rows)[-1]
+    best = max(accuracy for row in rows if row["width"] == wide for _, _, accuracy in row["grid"])
     for (top, bottom), method in zip(axes.T, names):
         mine = of(rows, method)
-        heat_map(top, mine)
+        heat_map(top, mine, best)
         curves(bottom, mine)
-        lost = f"width {narrow}'s optimum loses\n{plus_minus(regret(mine[-1], narrow))} points at width {wide}"
-        top.set_title(f"{TITLES.get(method, method)}\n{lost}")
+        lost = plus_minus(regret(mine[-1], narrow))
+        top.set_title(f"{TITLES.get(method, method)}\nwidth {narrow}'s optimum\nloses {lost} points")
     means = [mean_error(row["accuracies"])[0] for row in rows]
     plt.setp(axes[1], ylim=(min(means) - 10, max(means) + 2))  # collapsed runs leave the picture
     axes[0, 0].set_ylabel("learning rate")
@@ -162,38 +164,41 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     seeds = len(rows[0]["accuracies"])
+    spread = f"mean and standard deviation of {seeds} seeds ({FEW} far from the best)"
     title = [
         f"{NETWORKS[setting.network].title}, {DATA.get(setting.data, setting.data)}, {setting.epochs} epochs",
         f"above: accuracy % at width {wide}, and the way of the optimum from width {narrow} to {wide}",
-        f"below: accuracy over rho at each width's best learning rate, mean and standard deviation of {seeds} seeds",
+        f"below: accuracy over rho at each width's best lr, {spread}",
     ]
     figure.suptitle("\n".join(textwrap.fill(line, round(9 * size[0])) for line in title))
     figure.savefig(path)
     plt.close(figure)
 
 
-def heat_map(axis: Any, rows: list[Row]) -> None:
-    """Accuracies of the widest network by (rho, lr), where they are known, and the optima of all widths in a row."""
+def heat_map(axis: Any, rows: list[Row], best: float) -> None:
+    """Accuracies of the widest network by (rho, lr), where they are known, and the optima of all widths in a row.
+
+    best: the brightest colour's accuracy.
+    """
     import numpy as np
 
     grid = {(lr, rho): accuracy for lr, rho, accuracy in rows[-1]["grid"]}
     points = [*grid, *((row["lr"], row["rho"]) for row in rows)]
     lrs, rhos = (sorted({point[i] for point in points}) for i in (0, 1))
     z = [[grid.get((lr, rho), np.nan) for rho in rhos] for lr in lrs]
-    best = max(grid.values())
     axis.grid(False)
-    axis.imshow(z, cmap=figures.SCALE, vmin=best - 6, vmax=best, aspect="auto", origin="lower")
+    axis.imshow(z, cmap=figures.SCALE, vmin=best - 8, vmax=best, aspect="auto", origin="lower")
     for (i, lr), (j, rho) in itertools.product(enumerate(lrs), enumerate(rhos)):
         if (accuracy := grid.get((lr, rho))) is not None:
-            colour = "black" if accuracy > best - 3 else "white"
-            axis.text(j + 0.45, i - 0.33, f"{accuracy:.1f}", ha="right", va="center", fontsize=8, color=colour)
+            colour = "black" if accuracy > best - 4 else "white"
+            axis.text(j + 0.45, i - 0.33, f"{accuracy:.1f}", ha="right", va="center", fontsize=10, color=colour)
     way = [(rhos.index(row["rho"]), lrs.index(row["lr"])) for row in rows]
     for start, end in itertools.pairwise(way):
         if start != end:
             axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color="black", lw=2, shrinkA=6, shrinkB=6))
     for row, (x, y) in zip(rows, way):
         figures.star(axis, row["width"], x, y)
-    every = 1 + (len(rhos) > 5)
+    every = math.ceil(len(rhos) / 4)
     axis.set_xticks(range(0, len(rhos), every), [f"{rho:.2g}" for rho in rhos[::every]])
     axis.set_yticks(range(len(lrs)), [f"{lr:.3g}" for lr in lrs])
     axis.set_xlabel("rho")
@@ -206,5 +211,5 @@ def curves(axis: Any, rows: list[Row]) -> None:
     label = f"best rho of width {rows[0]['width']}"
     axis.axvline(rows[0]["rho"], color="black", linestyle=":", linewidth=1.5, label=label)
     radii = sorted({rho for row in rows for rho, _ in row["slice"]})
-    figures.log_axis(axis, radii[:: 1 + (len(radii) > 5)], digits=2)
+    figures.log_axis(axis, radii[:: math.ceil(len(radii) / 4)], digits=2)
     axis.set_xlabel("rho")

@@ -64,6 +64,8 @@ def test_label_noise_spares_the_test_set(name, noisy, share):
     assert torch.equal(x, x_noisy) and all(map(torch.equal, test, test_noisy))
     assert (y != y_noisy).float().mean().item() == pytest.approx(share * 0.9, abs=0.02)
     assert torch.equal(y_noisy, data.load(noisy + name)[0][1])
+    images = data.images(noisy + name)
+    assert torch.equal(images.train.tensors[1], y_noisy) and (images.shape, images.classes) == (x.shape[1:], 10)
 
 
 def test_names_of_data():
