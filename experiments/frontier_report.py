@@ -1,5 +1,6 @@
 """The table and the figure of experiments.frontier."""
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,9 @@ def plot(rows: list[Row], heading: str, path: Path) -> None:
     axis.set(xlabel="forward and backward passes per step", ylabel="test accuracy %", xlim=(0.92, 2.12))
     axis.legend(fontsize=10, loc="best")
     seeds = rows[0]["seeds"]
-    axis.set_title(f"{heading}\nmean and standard error of {seeds} seeds; lr and rho are tuned for each way")
+    axis.set_title(
+        f"{textwrap.fill(heading, 76)}\nmean and standard error of {seeds} seeds; lr and rho are tuned for each way"
+    )
     figure.savefig(path)
     plt.close(figure)
 

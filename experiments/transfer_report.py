@@ -22,6 +22,8 @@ DATA = {
     "mnist1d": "MNIST-1D",
     "fashion-mnist-1k": "1,000 images of Fashion-MNIST",
     "noisy30-fashion-mnist-1k": "1,000 images of Fashion-MNIST, 30 % random labels",
+    "noisy30-fashion-mnist-5k": "5,000 images of Fashion-MNIST, 30 % random labels",
+    "noisy-digits": "8 x 8 digits, 40 % random labels",
 }
 TITLES = {"SP-naive": "plain SAM (SP)", "muP-naive": "muP, one radius", "muP-global": "muP, global scaling"}
 
