@@ -236,32 +236,33 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     summary = {"widths": args.widths, "seeds": args.seeds, "worst": worst, "rows": results}
     (args.out / "exponents.json").write_text(json.dumps(summary) + "\n")
-    plot(args.widths, results, args.out / "exponents.png")
+    plot(args.widths, args.seeds, results, args.out / "exponents.png")
     print(f"\nlargest deviation of {len(table)} rows: {worst:.3f} (tolerance {args.tolerance})")
     return int(worst > args.tolerance)
 
 
-def plot(widths: list[int], results: list[dict], path: Path) -> None:
+def plot(widths: list[int], seeds: int, results: list[dict], path: Path) -> None:
     """Top: what each perturbation scaling of Table D.2 does to each layer. Bottom: Table 1's muP², D.1's updates."""
     plt = pyplot()
     by_name = {(r["table"], r["name"]): r for r in results}
     panels = [(("D.2", p), "effect", f"perturbation: {p}") for p in PERTURBATIONS]
     panels += [(("1", f"{v}, muP²"), "effect", f"{v}, muP²") for v in ("elementwise ASAM", "layerwise ASAM")]
     panels += [(("D.1", p), "update", f"update: {p}") for p in ("sp-stable", "ntp", "mup")]
-    figure, axes = plt.subplots(2, 5, figsize=(17, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 5, figsize=(13, 7), sharex=True, layout="constrained")
     for axis, (key, quantity, title) in zip(axes.flat, panels):
         values, measured, predicted = (by_name[key][part][quantity] for part in ("values", "measured", "predicted"))
         for i, role in enumerate(ROLES):
             y, (color, marker) = np.array(values[i], dtype=float), STYLES[role]
             label = f"{role} {measured[i]:+.2f} ({predicted[i]:+g})"
             axis.loglog(widths, y / y[0], color=color, marker=marker, label=label)
-        axis.set_title(title)
-        axis.set_ylim(3e-3, 30)
-        axis.set_xticks(widths, [str(w) for w in widths])
+        axis.set_title(title, fontsize=11)
+        axis.set_ylim(3e-5, 10)  # with room for the legend
+        axis.set_xticks(widths[::2], [str(w) for w in widths[::2]])
         axis.minorticks_off()
-        axis.legend(title="measured slope (predicted)", fontsize=8, title_fontsize=8)
+        axis.legend(title="slope (predicted)", loc="lower left", fontsize=10, title_fontsize=10)
     plt.setp(axes[1], xlabel="width n")
     plt.setp(axes[:, 0], ylabel=f"effect on the layer's output\nrelative to width {widths[0]}")
+    figure.suptitle(f"Growth with the width, geometric mean of {seeds} seeds")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
