@@ -34,17 +34,18 @@ class Facts(NamedTuple):
     shape: tuple[int, int, int]  # (channels, height, width) of what a network gets
     classes: int
     train_samples: int
+    title: str
 
 
 FACTS = {
-    "mnist1d": Facts((1, 1, 40), 10, 4000),
-    "digits": Facts((1, 8, 8), 10, 1438),
-    "fashion-mnist": Facts((1, 28, 28), 10, 60_000),
-    "fashion-mnist-5k": Facts((1, 28, 28), 10, 5000),
-    "fashion-mnist-1k": Facts((1, 28, 28), 10, 1000),
-    "cifar10": Facts((3, 32, 32), 10, 50_000),
-    "cifar100": Facts((3, 32, 32), 100, 50_000),
-    "imagenet": Facts((3, 224, 224), 1000, 1_281_167),
+    "mnist1d": Facts((1, 1, 40), 10, 4000, "MNIST-1D"),
+    "digits": Facts((1, 8, 8), 10, 1438, "8 x 8 digits"),
+    "fashion-mnist": Facts((1, 28, 28), 10, 60_000, "Fashion-MNIST"),
+    "fashion-mnist-5k": Facts((1, 28, 28), 10, 5000, "5,000 images of Fashion-MNIST"),
+    "fashion-mnist-1k": Facts((1, 28, 28), 10, 1000, "1,000 images of Fashion-MNIST"),
+    "cifar10": Facts((3, 32, 32), 10, 50_000, "CIFAR-10"),
+    "cifar100": Facts((3, 32, 32), 100, 50_000, "CIFAR-100"),
+    "imagenet": Facts((3, 224, 224), 1000, 1_281_167, "ImageNet"),
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the colours, as everybody uses them
 
@@ -57,9 +58,10 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     come from root, the folder with their files. "noisy-" in front of a name makes 40 % of the training labels random,
     and "noisy30-" makes 30 %, so that there is something to overfit; test labels stay right. Raises DataError.
     """
-    if noisy := NOISY.fullmatch(name):
-        (x, y), test = load(noisy[2], root)
-        return (x, with_noise(y, int(noisy[1] or LABEL_NOISE))), test
+    plain, percent = without_noise(name)
+    if plain != name:
+        (x, y), test = load(plain, root)
+        return (x, with_noise(y, percent)), test
     if name in ("mnist1d", "digits"):
         return load_mnist1d() if name == "mnist1d" else load_digits()
     if name.startswith("fashion-mnist"):
@@ -70,11 +72,22 @@ def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
     return tuple((torch.from_numpy(scaled(x)), torch.from_numpy(y)) for x, y in splits)
 
 
+def without_noise(name: str) -> tuple[str, int]:
+    """The name of the data without label noise, and how many percent of the labels are random."""
+    noisy = NOISY.fullmatch(name)
+    return (noisy[2], int(noisy[1] or LABEL_NOISE)) if noisy else (name, 0)
+
+
+def title(name: str) -> str:
+    """What figures call the data."""
+    plain, percent = without_noise(name)
+    return FACTS[plain].title + f", {percent} % random labels" * (percent > 0)
+
+
 def loadable(text: str) -> str:
     """The type of a flag whose value is a name that load() knows."""
-    noisy = NOISY.fullmatch(text)
     names = sorted(FACTS.keys() - {"imagenet"})
-    if (noisy[2] if noisy else text) not in names:
+    if without_noise(text)[0] not in names:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(names)}, after noisy- or noisy30- or not")
     return text
 
@@ -168,14 +181,14 @@ def images(name: str, root: str | Path | None = None) -> Images:
         train, test = (Pixels(*map(torch.from_numpy, split), t) for split, t in zip(splits, transforms))
     else:
         splits = load(name, root)
-        name = NOISY.sub(r"\2", name)
+        name, _ = without_noise(name)
         train, test = (TensorDataset(x.reshape(-1, *FACTS[name].shape), y) for x, y in splits)
     return Images(train, test, FACTS[name].shape, FACTS[name].classes)
 
 
 def synthetic(like: str, count: int) -> Split:
     """count random images with random labels, in the shape of a data set: for timing; there is nothing to learn."""
-    shape, classes, _ = FACTS[like]
+    shape, classes = FACTS[like][:2]
     random = torch.Generator().manual_seed(0)
     return torch.randn(count, *shape, generator=random), torch.randint(classes, (count,), generator=random)
 

@@ -76,7 +76,7 @@ def build(way: str, flags: list[str]) -> tuple[torch.optim.Optimizer, Training, 
     """(optimizer, its training, a batch) of a run of experiments.vision. flags: of that command."""
     variant = ["--variant", "none" if way == "base" else "sam"]
     args = parse_run([*flags, *variant, "--backend", "compiled"])
-    shape, classes, _ = data.FACTS[args.data]
+    shape, classes = data.FACTS[args.data][:2]
     torch.manual_seed(0)
     model, base = build_model(args, shape, classes)
     model.to(args.device)
@@ -146,7 +146,7 @@ def measure_way(way: str, flags: list[str], device: str, steps: int) -> dict[str
 def measure(flags: list[str], steps: int) -> dict[str, Any]:
     """A row of the table. flags: of experiments.vision. A way that failed has an "error" instead of its times."""
     args = parse_run([*flags, "--variant", "sam"])
-    shape, classes, samples = data.FACTS[args.data]
+    shape, classes, samples = data.FACTS[args.data][:3]
     with torch.device("meta"):
         model, _ = build_model(args, shape, classes)
     row = {"preset": args.preset, "width_multiplier": args.width_multiplier}

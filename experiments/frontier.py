@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from experiments import data
 from experiments.climb import Point, best_points
 from experiments.commands import at_least, command, read_json, start, write_json
 from experiments.frontier_report import BASE, LONGER, format_table, plot
 from experiments.sweep import ALONE, BATCH, NETWORKS, WAYS, Place, Run, add_place, data_on, score, sweep, trainings
 from experiments.training import check_device
-from experiments.transfer_report import DATA, mean_error
+from experiments.transfer_report import mean_error
 
 CHOOSING = (0, 1)  # seeds
 DECIDING = (*CHOOSING, *range(100, 106))  # seeds, where more of them are needed
@@ -206,8 +207,7 @@ def report(frontier: Frontier, points: dict[str, Point]) -> str:
 def heading(setting: Setting) -> str:
     network = NETWORKS[setting.network]
     base = "AdamW" if network.base_optimizer == "adam" else "SGD with momentum" if network.momentum else "SGD"
-    data = DATA.get(setting.data, setting.data)
-    return f"{network.title} of width {setting.width}, {data}, {setting.epochs} epochs, {base}"
+    return f"{network.title} of width {setting.width}, {data.title(setting.data)}, {setting.epochs} epochs, {base}"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -11,20 +11,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from experiments import figures
+from experiments import data, figures
 from experiments.commands import markdown
 from experiments.sweep import NETWORKS
 
 Row = dict[str, Any]
 FEW = 3  # seeds at two or more steps of rho from the best one
 COLLAPSE = 5.0  # points below the best of a slice: from there on a radius counts as unstable
-DATA = {
-    "mnist1d": "MNIST-1D",
-    "fashion-mnist-1k": "1,000 images of Fashion-MNIST",
-    "noisy30-fashion-mnist-1k": "1,000 images of Fashion-MNIST, 30 % random labels",
-    "noisy30-fashion-mnist-5k": "5,000 images of Fashion-MNIST, 30 % random labels",
-    "noisy-digits": "8 x 8 digits, 40 % random labels",
-}
 TITLES = {"SP-naive": "plain SAM (SP)", "muP-naive": "muP, one radius", "muP-global": "muP, global scaling"}
 
 
@@ -166,9 +159,9 @@ def plot(rows: list[Row], setting: Any, path: Path) -> None:
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     seeds = len(rows[0]["accuracies"])
-    spread = f"mean and standard deviation of {seeds} seeds ({FEW} far from the best)"
+    spread = f"mean and standard deviation of {seeds} seeds ({min(FEW, seeds)} far from the best)"
     title = [
-        f"{NETWORKS[setting.network].title}, {DATA.get(setting.data, setting.data)}, {setting.epochs} epochs",
+        f"{NETWORKS[setting.network].title}, {data.title(setting.data)}, {setting.epochs} epochs",
         f"above: accuracy % at width {wide}, and the way of the optimum from width {narrow} to {wide}",
         f"below: accuracy over rho at each width's best lr, {spread}",
     ]

@@ -76,6 +76,11 @@ def test_names_of_data():
         data.load("noisy101-digits")
     for name in ("mnist1d", "noisy-digits", "noisy30-fashion-mnist-5k", "cifar100"):
         assert data.loadable(name) == name
+    assert [data.title(name) for name in ("noisy-digits", "noisy30-fashion-mnist-5k", "cifar100")] == [
+        "8 x 8 digits, 40 % random labels",
+        "5,000 images of Fashion-MNIST, 30 % random labels",
+        "CIFAR-100",
+    ]
     for name in ("noisy30digits", "imagenet", "noisy-", "fashion-mnist-6k"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{name} is none of cifar10, .*, mnist1d"):
             data.loadable(name)
